@@ -1,0 +1,11 @@
+// CPU implementations of the operators that rlkern/_schema.py defines.
+
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/token_logprobs.h"
+
+STABLE_TORCH_LIBRARY_IMPL(rlkern, CPU, m) {
+  m.impl("token_logprobs", TORCH_BOX(&rlkern::token_logprobs_cpu));
+  m.impl("token_logprobs_bwd", TORCH_BOX(&rlkern::token_logprobs_bwd_cpu));
+  m.impl("token_logprobs_bwd_", TORCH_BOX(&rlkern::token_logprobs_bwd_inplace_cpu));
+}

@@ -1,0 +1,65 @@
+#include "isa.h"
+
+#include <cstdlib>
+#include <string>
+
+#include "../common/checks.h"
+
+namespace rlkern {
+namespace {
+
+bool supported(const std::string& isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (isa == "avx512") {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  }
+  if (isa == "avx2") {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+  }
+#endif
+  return isa == "portable";
+}
+
+const RowKernels& best() {
+#if defined(__x86_64__)
+  if (supported("avx512")) return rlkern_row_kernels_avx512;
+  if (supported("avx2")) return rlkern_row_kernels_avx2;
+#endif
+  return rlkern_row_kernels_portable;
+}
+
+}  // namespace
+
+const RowKernels& row_kernels() {
+  static const RowKernels& automatic = best();
+  // Read at every call, so that one process can compare the builds.
+  const char* chosen = std::getenv("RLKERN_CPU_ISA");
+  if (chosen == nullptr || *chosen == '\0' || std::string(chosen) == "auto") return automatic;
+  const std::string isa = chosen;
+  check(isa == "avx512" || isa == "avx2" || isa == "portable",
+        "RLKERN_CPU_ISA: expected auto, avx512, avx2 or portable, got '", isa, "'");
+  check(supported(isa), "RLKERN_CPU_ISA: this machine has no ", isa);
+#if defined(__x86_64__)
+  if (isa == "avx512") return rlkern_row_kernels_avx512;
+  if (isa == "avx2") return rlkern_row_kernels_avx2;
+#endif
+  return rlkern_row_kernels_portable;
+}
+
+}  // namespace rlkern
+
+// For rlkern.info: the instruction set in use, or the error's text.
+extern "C" const char* rlkern_cpu_isa() {
+  static thread_local std::string text;
+  try {
+    text = rlkern::row_kernels().name;
+  } catch (const std::exception& error) {
+    text = error.what();
+  }
+  return text.c_str();
+}
+
+extern "C" int rlkern_cpu_supports(const char* isa) { return rlkern::supported(isa); }

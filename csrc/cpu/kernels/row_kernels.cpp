@@ -1,0 +1,222 @@
+// The row pass over logits, compiled once per instruction set (see CMakeLists.txt).
+//
+// Forward reads a row once, in blocks that stay in the first-level cache: a block is widened to
+// float and its maximum taken, then one exponential an element is summed relative to the running
+// maximum. Backward reads the row once more and writes its gradient, over the row if asked to.
+
+#include "row_kernels.h"
+
+#include "simd.h"
+
+namespace rlkern {
+namespace {
+
+constexpr float kLog2e = 1.4426950408889634f;
+// 4 KiB of floats: small beside a 32 KiB first-level cache, long enough to hide its reductions.
+constexpr long long kBlock = 1024;
+// Independent sums hide the latency of an addition, and keep rounding errors apart.
+constexpr int kSums = 4;
+constexpr long long kStep = kSums * kLanes;
+static_assert(kBlock % kStep == 0, "a block is a whole number of unrolled steps");
+
+// y = c * tanh(x / c) and its derivative. With e = exp(-2 |u|): tanh |u| = (1 - e) / (1 + e) and
+// 1 - tanh^2 = 4 e / (1 + e)^2, neither of which cancels.
+struct Cap {
+  float cap;
+  Exp2Scale scale;
+  explicit __attribute__((always_inline)) Cap(float softcap)
+      : cap(softcap), scale(softcap > 0 ? 2 * kLog2e / softcap : 1.0f) {}
+
+  __attribute__((always_inline)) Exp2 exp_of(vfloat x) const {
+    return exp2_scaled((vfloat)((vuint)x | 0x80000000u), scale);
+  }
+  __attribute__((always_inline)) vfloat value(vfloat x) const {
+    const vfloat minus = exp_of(x).minus_one();
+    const vfloat magnitude = cap * (-minus / (minus + 2.0f));
+    return (vfloat)((vuint)magnitude | ((vuint)x & 0x80000000u));
+  }
+  __attribute__((always_inline)) vfloat derivative(vfloat x) const {
+    const vfloat e = exp_of(x).value();
+    return 4.0f * e / ((1.0f + e) * (1.0f + e));
+  }
+};
+
+template <typename Type>
+RLKERN_INLINE vfloat load_partial(const typename Type::Scalar* x, long long count) {
+  typename Type::Scalar padded[kLanes] = {};
+  __builtin_memcpy(padded, x, count * sizeof(typename Type::Scalar));
+  return Type::load(padded);
+}
+
+template <typename Type>
+RLKERN_INLINE void store_partial(typename Type::Scalar* x, vfloat v, long long count) {
+  typename Type::Scalar padded[kLanes];
+  Type::store(padded, v);
+  __builtin_memcpy(x, padded, count * sizeof(typename Type::Scalar));
+}
+
+template <typename Type, bool kCapped>
+RLKERN_INLINE float value_at(const typename Type::Scalar* x, long long j, const Cap& cap) {
+  vfloat v = load_partial<Type>(x + j, 1);
+  if (kCapped) v = cap.value(v);
+  return v[0];
+}
+
+// Widens up to kBlock values into `values`, padded with -inf to a whole step; returns their
+// maximum, which ignores NaN (the sums see it).
+template <typename Type, bool kCapped>
+RLKERN_INLINE float load_block(const typename Type::Scalar* x, long long count, const Cap& cap,
+                               float* values) {
+  vfloat best[kSums];
+  for (int s = 0; s < kSums; ++s) best[s] = broadcast(-kInf);
+  long long j = 0;
+  for (; j + kStep <= count; j += kStep) {
+    for (int s = 0; s < kSums; ++s) {
+      vfloat v = Type::load(x + j + s * kLanes);
+      if (kCapped) v = cap.value(v);
+      best[s] = max_drop_nan(best[s], v);
+      FloatType::store(values + j + s * kLanes, v);
+    }
+  }
+  for (; j < count; j += kLanes) {
+    const long long rest = count - j < kLanes ? count - j : kLanes;
+    vfloat v = load_partial<Type>(x + j, rest);
+    if (kCapped) v = cap.value(v);
+    FloatType::store(values + j, v);
+    for (long long i = rest; i < kLanes; ++i) values[j + i] = -kInf;
+    best[0] = max_drop_nan(best[0], FloatType::load(values + j));
+  }
+  for (; j % kStep != 0; j += kLanes) FloatType::store(values + j, broadcast(-kInf));
+  return reduce_max(max_drop_nan(max_drop_nan(best[0], best[1]), max_drop_nan(best[2], best[3])));
+}
+
+template <bool kEntropy>
+RLKERN_INLINE void sum_block(const float* values, long long padded, float max, Exp2Scale scale,
+                             SoftmaxState<double>* state) {
+  vfloat sum[kSums] = {}, weighted[kSums] = {};
+  for (long long j = 0; j < padded; j += kStep) {
+    for (int s = 0; s < kSums; ++s) {
+      const Exp2 e = exp2_scaled(FloatType::load(values + j + s * kLanes) - max, scale);
+      const vfloat value = e.value();
+      sum[s] += value;
+      if (kEntropy) weighted[s] += e.clamped * value;
+    }
+  }
+  state->sum += reduce_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  if (kEntropy) {
+    state->weighted += reduce_sum((weighted[0] + weighted[1]) + (weighted[2] + weighted[3]));
+  }
+}
+
+template <typename Type, bool kCapped, bool kEntropy>
+void forward_row(const LogitRow& row, RowForward* out) {
+  const auto* x = static_cast<const typename Type::Scalar*>(row.x);
+  const Cap cap(row.softcap);
+  const Exp2Scale scale(kLog2e * row.inv_temperature);
+  const double inv_temperature = row.inv_temperature;
+  alignas(64) float values[kBlock];
+
+  const float target = value_at<Type, kCapped>(x, row.target, cap);
+  float max = target;
+  SoftmaxState<double> state{0, 0, 0};  // its maximum stands in `max`: sums in units of y - max
+  for (long long begin = 0; begin < row.size; begin += kBlock) {
+    const long long count = row.size - begin < kBlock ? row.size - begin : kBlock;
+    const float block_max = load_block<Type, kCapped>(x + begin, count, cap, values);
+    if (block_max > max) {
+      if (state.sum != 0) {
+        const double shift = (double)max - (double)block_max;
+        const double factor = rl_exp(shift * inv_temperature);
+        state.weighted = factor == 0 ? 0 : (state.weighted + shift * state.sum) * factor;
+        state.sum = factor == 0 ? state.sum * 0 : state.sum * factor;
+      }
+      max = block_max;
+    }
+    // A maximum of -inf has seen nothing but -inf, of which no difference may be taken.
+    if (max == -kInf) continue;
+    if (row.target >= begin && row.target < begin + count) values[row.target - begin] = -kInf;
+    sum_block<kEntropy>(values, (count + kStep - 1) / kStep * kStep, max, scale, &state);
+  }
+  out->others = {max * inv_temperature, state.sum, state.weighted * inv_temperature};
+  out->target = ((double)target - (double)max) * inv_temperature;
+  out->max = max;
+}
+
+template <typename Type>
+void forward(const LogitRow& row, bool entropy, RowForward* out) {
+  if (row.softcap > 0) {
+    entropy ? forward_row<Type, true, true>(row, out) : forward_row<Type, true, false>(row, out);
+  } else {
+    entropy ? forward_row<Type, false, true>(row, out) : forward_row<Type, false, false>(row, out);
+  }
+}
+
+template <typename Type, bool kCapped, bool kSloped>
+void backward_row(const LogitRow& row, const RowBackward& grad, void* out) {
+  const auto* x = static_cast<const typename Type::Scalar*>(row.x);
+  auto* dx = static_cast<typename Type::Scalar*>(out);
+  const Cap cap(row.softcap);
+  const Exp2Scale scale(kLog2e * row.inv_temperature);
+  // p_j = exp(z_j - max - log_sum): as a shift of y the sum's logarithm costs nothing, but a
+  // large maximum would swallow it. So it is a factor, and the maximum is taken off exactly.
+  const float inv_sum = rl_exp(-grad.log_sum);
+  const float constant = grad.constant * row.inv_temperature * inv_sum;
+  const float slope = grad.slope * row.inv_temperature * row.inv_temperature * inv_sum;
+
+  const auto gradient = [&](vfloat v) __attribute__((always_inline)) {
+    vfloat factor = broadcast(1.0f);
+    if (kCapped) {
+      factor = cap.derivative(v);
+      v = cap.value(v);
+    }
+    const Exp2 e = exp2_scaled(v - grad.max, scale);
+    vfloat g = e.value() * (kSloped ? constant + slope * e.clamped : broadcast(constant));
+    if (kCapped) g *= factor;
+    return g;
+  };
+
+  float target_grad = grad.target * row.inv_temperature;
+  // Read before the row is written over. A gradient of 0 stays 0 where the logit is not finite.
+  if (kCapped && target_grad != 0) {
+    target_grad *= cap.derivative(load_partial<Type>(x + row.target, 1))[0];
+  }
+  long long j = 0;
+  for (; j + kStep <= row.size; j += kStep) {
+    for (int s = 0; s < kSums; ++s) {
+      const long long i = j + s * kLanes;
+      Type::store(dx + i, gradient(Type::load(x + i)));
+    }
+  }
+  for (; j < row.size; j += kLanes) {
+    const long long rest = row.size - j < kLanes ? row.size - j : kLanes;
+    store_partial<Type>(dx + j, gradient(load_partial<Type>(x + j, rest)), rest);
+  }
+  store_partial<Type>(dx + row.target, broadcast(target_grad), 1);
+}
+
+template <typename Type>
+void backward(const LogitRow& row, const RowBackward& grad, void* out) {
+  const bool sloped = grad.slope != 0;
+  if (row.softcap > 0) {
+    sloped ? backward_row<Type, true, true>(row, grad, out)
+           : backward_row<Type, true, false>(row, grad, out);
+  } else {
+    sloped ? backward_row<Type, false, true>(row, grad, out)
+           : backward_row<Type, false, false>(row, grad, out);
+  }
+}
+
+}  // namespace
+}  // namespace rlkern
+
+#define RLKERN_JOIN_(a, b) a##b
+#define RLKERN_JOIN(a, b) RLKERN_JOIN_(a, b)
+#define RLKERN_STRING_(a) #a
+#define RLKERN_STRING(a) RLKERN_STRING_(a)
+
+extern "C" const rlkern::RowKernels RLKERN_JOIN(rlkern_row_kernels_, RLKERN_ISA) = {
+    RLKERN_STRING(RLKERN_ISA),
+    {rlkern::forward<rlkern::FloatType>, rlkern::forward<rlkern::HalfType>,
+     rlkern::forward<rlkern::BFloat16Type>},
+    {rlkern::backward<rlkern::FloatType>, rlkern::backward<rlkern::HalfType>,
+     rlkern::backward<rlkern::BFloat16Type>},
+};

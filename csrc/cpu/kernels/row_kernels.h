@@ -1,0 +1,52 @@
+// The row pass over logits: what the leaf files offer to csrc/cpu. Plain C types only, since the
+// leaf files include neither torch's headers nor the standard library's.
+#pragma once
+
+#include "../../common/online_softmax.h"
+
+namespace rlkern {
+
+enum class LogitType { kFloat, kHalf, kBFloat16, kCount };
+
+// One row of logits x_j. Values are y_j = softcap * tanh(x_j / softcap), or x_j where softcap is
+// 0, and z_j = y_j * inv_temperature.
+struct LogitRow {
+  const void* x;
+  long long size;
+  long long target;
+  float inv_temperature;
+  float softcap;
+};
+
+struct RowForward {
+  SoftmaxState<double> others;  // in units of z; leaves the target out, except from the maximum
+  double target;                // z_y - max
+  float max;                    // of y
+};
+
+// The gradient of z_j is p_j * (constant + slope * (z_j - max)); the target's is given whole.
+struct RowBackward {
+  float max;
+  float log_sum;
+  float constant;
+  float slope;
+  float target;
+};
+
+struct RowKernels {
+  const char* name;
+  void (*forward[static_cast<int>(LogitType::kCount)])(const LogitRow&, bool entropy, RowForward*);
+  // Writes the gradient with respect to x over `grad`, which may be the row itself.
+  void (*backward[static_cast<int>(LogitType::kCount)])(const LogitRow&, const RowBackward&,
+                                                        void* grad);
+};
+
+}  // namespace rlkern
+
+extern "C" {
+extern const rlkern::RowKernels rlkern_row_kernels_portable;
+#if defined(__x86_64__)
+extern const rlkern::RowKernels rlkern_row_kernels_avx2;
+extern const rlkern::RowKernels rlkern_row_kernels_avx512;
+#endif
+}

@@ -1,0 +1,168 @@
+// Vectors of floats by the compiler's vector extension: one source for every instruction set,
+// whose register width comes from the build as RLKERN_VECTOR_BYTES. Intrinsics stand only where
+// the compiler does not find the instruction by itself.
+#pragma once
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "../../common/macros.h"
+
+namespace rlkern {
+namespace {
+
+constexpr int kLanes = RLKERN_VECTOR_BYTES / 4;
+
+typedef float vfloat __attribute__((vector_size(RLKERN_VECTOR_BYTES)));
+typedef int vint __attribute__((vector_size(RLKERN_VECTOR_BYTES)));
+typedef unsigned vuint __attribute__((vector_size(RLKERN_VECTOR_BYTES)));
+typedef unsigned short vhalf __attribute__((vector_size(RLKERN_VECTOR_BYTES / 2)));
+
+constexpr float kInf = __builtin_inff();
+
+RLKERN_INLINE vfloat broadcast(float x) { return x - vfloat{}; }
+
+// The larger of both, and `x` where x is NaN: so a NaN passes a clamp from below.
+RLKERN_INLINE vfloat max_keep_nan(float low, vfloat x) {
+#if RLKERN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return (vfloat)_mm512_max_ps((__m512)broadcast(low), (__m512)x);
+#elif RLKERN_VECTOR_BYTES == 32 && defined(__AVX2__)
+  return (vfloat)_mm256_max_ps((__m256)broadcast(low), (__m256)x);
+#else
+  return x < low ? broadcast(low) : x;
+#endif
+}
+
+// The larger of both, and `a` where b is NaN: so a NaN never becomes a maximum.
+RLKERN_INLINE vfloat max_drop_nan(vfloat a, vfloat b) {
+#if RLKERN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return (vfloat)_mm512_max_ps((__m512)b, (__m512)a);
+#elif RLKERN_VECTOR_BYTES == 32 && defined(__AVX2__)
+  return (vfloat)_mm256_max_ps((__m256)b, (__m256)a);
+#else
+  return b > a ? b : a;
+#endif
+}
+
+RLKERN_INLINE float reduce_max(vfloat v) {
+  float best = v[0];
+  for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+RLKERN_INLINE float reduce_sum(vfloat v) {
+  float sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+}
+
+// 2^t as scale * (1 + fraction), for t = d * k with k > 0 and t at most about 0. Below -126.5 the
+// scale, and so the result, is exactly 0 (d = -inf included); NaN gives NaN. The fraction's
+// polynomial is minimax on [-1/2, 1/2] with a relative error of 9.2e-8.
+struct Exp2 {
+  vfloat clamped;  // d, no lower than where the result is 0: finite for d = -inf
+  vfloat scale;
+  vfloat fraction;
+
+  vfloat __attribute__((always_inline)) value() const { return scale + scale * fraction; }
+  // 2^t - 1 without cancellation.
+  vfloat __attribute__((always_inline)) minus_one() const {
+    return scale * fraction + (scale - 1.0f);
+  }
+};
+
+struct Exp2Scale {
+  float k;
+  float low;
+  // The clamp keeps a margin of 1/2: t is then at least -127.49, which still rounds to -127.
+  explicit __attribute__((always_inline)) Exp2Scale(float k_) : k(k_) {
+    low = -127.25f / k;
+    if (low < -3.0e38f) low = -3.0e38f;
+  }
+};
+
+RLKERN_INLINE Exp2 exp2_scaled(vfloat d, Exp2Scale scale) {
+  // Adding 1.5 * 2^23 rounds t to an integer in the low bits; 127 more makes it an exponent.
+  constexpr float kMagic = 12582912.0f + 127.0f;
+  Exp2 e;
+  e.clamped = max_keep_nan(scale.low, d);
+  const vfloat shifted = e.clamped * scale.k + kMagic;
+  const vfloat f = e.clamped * scale.k - (shifted - kMagic);
+  e.scale = (vfloat)((vuint)shifted << 23);
+  e.fraction = f * (0.693147f + f * (0.24022242f + f * (0.055507336f + f * (0.009671513f +
+                                                                            f * 0.0013264727f))));
+  return e;
+}
+
+// ---- loads and stores -----------------------------------------------------------------------
+
+struct FloatType {
+  typedef float Scalar;
+  RLKERN_INLINE vfloat load(const Scalar* p) {
+    vfloat v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
+  RLKERN_INLINE void store(Scalar* p, vfloat v) { __builtin_memcpy(p, &v, sizeof v); }
+};
+
+struct BFloat16Type {
+  typedef unsigned short Scalar;
+  RLKERN_INLINE vfloat load(const Scalar* p) {
+    vhalf h;
+    __builtin_memcpy(&h, p, sizeof h);
+    return (vfloat)(__builtin_convertvector(h, vuint) << 16);
+  }
+  // To nearest, ties to even; a NaN stays one (the rounding could carry it over to infinity).
+  RLKERN_INLINE void store(Scalar* p, vfloat v) {
+    const vuint bits = (vuint)v;
+    const vuint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const vuint nan = (vuint)(v != v);
+    const vhalf h = __builtin_convertvector((rounded & ~nan) | (0x7fc0u & nan), vhalf);
+    __builtin_memcpy(p, &h, sizeof h);
+  }
+};
+
+struct HalfType {
+  typedef unsigned short Scalar;
+  RLKERN_INLINE vfloat load(const Scalar* p) {
+    vhalf h;
+    __builtin_memcpy(&h, p, sizeof h);
+#if RLKERN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+    return (vfloat)_mm512_cvtph_ps((__m256i)h);
+#elif RLKERN_VECTOR_BYTES == 32 && defined(__F16C__)
+    return (vfloat)_mm256_cvtph_ps((__m128i)h);
+#else
+    const vuint wide = __builtin_convertvector(h, vuint);
+    // The bits moved into place have an exponent too low by 112, which a product mends, for
+    // subnormals too; infinity and NaN then get the exponent they need.
+    const vfloat magnitude = (vfloat)((wide & 0x7fffu) << 13) * 0x1p112f;
+    const vuint special = (vuint)((vint)(wide & 0x7c00u) == 0x7c00);
+    return (vfloat)((vuint)magnitude | (special & 0x7f800000u) | ((wide & 0x8000u) << 16));
+#endif
+  }
+  RLKERN_INLINE void store(Scalar* p, vfloat v) {
+#if RLKERN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+    const vhalf h = (vhalf)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif RLKERN_VECTOR_BYTES == 32 && defined(__F16C__)
+    const vhalf h = (vhalf)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+    const vuint bits = (vuint)v;
+    const vuint magnitude = bits & 0x7fffffffu;
+    // Subnormal results: adding 0.5 puts their last bit at the last bit of a float, rounded.
+    const vuint subnormal = (vuint)((vfloat)magnitude + 0.5f) - 0x3f000000u;
+    const vuint normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
+    const vuint is_small = (vuint)((vint)magnitude < 0x38800000);
+    const vuint is_large = (vuint)((vint)magnitude >= 0x477ff000);
+    const vuint is_nan = (vuint)((vint)magnitude > 0x7f800000);
+    vuint out = (subnormal & is_small) | (normal & ~is_small);
+    out = (out & ~is_large) | (0x7c00u & is_large) | (0x0200u & is_nan);
+    const vhalf h = __builtin_convertvector(out | ((bits >> 16) & 0x8000u), vhalf);
+#endif
+    __builtin_memcpy(p, &h, sizeof h);
+  }
+};
+
+}  // namespace
+}  // namespace rlkern

@@ -1,0 +1,12 @@
+"""rlkern: the loss layer of LLM reinforcement learning, as kernels."""
+
+from rlkern import _native
+
+_native.load()
+
+from rlkern._backend import use_backend  # noqa: E402
+from rlkern.ops.token_logprobs import TokenLogprobs, token_logprobs  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = ["TokenLogprobs", "token_logprobs", "use_backend"]

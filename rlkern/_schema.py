@@ -1,0 +1,51 @@
+"""Every operator schema of ``torch.ops.rlkern``, one list, defined without a compiler.
+
+``rlkern::x`` is implemented in C++ (CPU, CUDA). The other backends are operators of their own,
+``rlkern::x_triton`` and ``rlkern::x_reference``, with the same schema: two owners of one dispatch
+key would clash.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_TOKEN_LOGPROBS = (
+    "Tensor token_ids, Tensor? mask, Tensor? token_temperature, float temperature, float? softcap"
+)
+_TOKEN_LOGPROBS_SAVED = "Tensor logprobs, Tensor entropy, Tensor state"
+
+SCHEMAS = {
+    # -> logprobs [...], entropy [...] or [0], state [..., 2]: maximum of the (capped) logits and
+    # log of the sum of exponentials relative to it.
+    "token_logprobs": (
+        f"(Tensor logits, {_TOKEN_LOGPROBS}, bool return_entropy) -> (Tensor, Tensor, Tensor)"
+    ),
+    "token_logprobs_bwd": (
+        f"(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, {_TOKEN_LOGPROBS}, "
+        f"{_TOKEN_LOGPROBS_SAVED}) -> Tensor"
+    ),
+    # The same, the gradient written over the logits.
+    "token_logprobs_bwd_": (
+        f"(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor(a!) logits, {_TOKEN_LOGPROBS}, "
+        f"{_TOKEN_LOGPROBS_SAVED}) -> ()"
+    ),
+}
+
+# Backend -> suffix of its operators' names.
+SUFFIXES = {"native": "", "triton": "_triton", "eager": "_reference"}
+
+LIBRARY = torch.library.Library("rlkern", "DEF")
+
+
+def operator_name(op: str, backend: str) -> str:
+    """``token_logprobs_bwd_`` of eager is ``token_logprobs_bwd_reference_``: the underscore that
+    marks a mutation stays last."""
+    suffix = SUFFIXES[backend]
+    return f"{op[:-1]}{suffix}_" if op.endswith("_") else f"{op}{suffix}"
+
+
+for _op, _schema in SCHEMAS.items():
+    for _backend in SUFFIXES:
+        LIBRARY.define(
+            operator_name(_op, _backend) + _schema, tags=(torch.Tag.pt2_compliant_tag,)
+        )

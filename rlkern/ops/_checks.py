@@ -1,0 +1,153 @@
+"""Argument checks that the public functions share.
+
+Every message names the argument, what was expected and what came, before anything is computed.
+Values are looked at on the CPU always, on a GPU, where it makes the host wait, with RLKERN_DEBUG=1.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def require_tensor(value: object, name: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    # By name: importing torch.distributed.tensor for the sake of a check costs half a second.
+    if type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a DTensor over {value.device_mesh} with "  # type: ignore[attr-defined]
+            f"placements {tuple(value.placements)}; "  # type: ignore[attr-defined]
+            "its shards are not taken for a part of the vocabulary. Call full_tensor(), or compute "
+            "the loss inside the wrapped module's forward, where FSDP2 presents plain tensors"
+        )
+    return value
+
+
+def require_logits(value: object, name: str = "logits") -> Tensor:
+    """A float tensor [..., V] with V >= 1."""
+    logits = require_tensor(value, name)
+    if logits.dtype not in LOGIT_DTYPES:
+        raise TypeError(
+            f"{name}: expected float32, bfloat16, float16 or float64, got {logits.dtype}"
+        )
+    if logits.dim() < 1 or logits.shape[-1] == 0:
+        raise ValueError(
+            f"{name}: expected shape [..., V] with a vocabulary of at least 1, "
+            f"got {list(logits.shape)}"
+        )
+    return logits
+
+
+def require_like_tokens(tensor: Tensor, name: str, logits: Tensor) -> None:
+    """`tensor` has one value per row of `logits`, on the same device."""
+    if tensor.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"{name}: expected shape {list(logits.shape[:-1])} (logits without the vocabulary), "
+            f"got {list(tensor.shape)}"
+        )
+    if tensor.device != logits.device:
+        raise ValueError(f"{name}: expected device {logits.device} (logits'), got {tensor.device}")
+
+
+def require_ids(value: object, name: str, logits: Tensor) -> Tensor:
+    ids = require_tensor(value, name)
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: expected int64 or int32, got {ids.dtype}")
+    require_like_tokens(ids, name, logits)
+    return ids.long()
+
+
+def optional_mask(value: object, logits: Tensor) -> Tensor | None:
+    """A mask as bool: true, or not 0, where a token counts."""
+    if value is None:
+        return None
+    mask = require_tensor(value, "mask")
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"mask: expected bool or an integer type, got {mask.dtype}")
+    require_like_tokens(mask, "mask", logits)
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def positive_number(value: object, name: str) -> float:
+    # bool is an int, and True a temperature nobody means.
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a positive number, got {type(value).__name__}")
+    if not (0 < value < float("inf")):
+        raise ValueError(f"{name}: expected a positive finite number, got {value}")
+    return float(value)
+
+
+def token_temperature(value: object, logits: Tensor) -> tuple[float, Tensor | None]:
+    """A temperature as (number, None) or (1.0, one fp32 or fp64 value per token)."""
+    if not isinstance(value, Tensor):
+        return positive_number(value, "temperature"), None
+    temperature = require_tensor(value, "temperature")
+    if not temperature.is_floating_point():
+        raise TypeError(f"temperature: expected a floating-point tensor, got {temperature.dtype}")
+    if temperature.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "temperature: expected a tensor that needs no gradient (none is computed for it), "
+            "got one with requires_grad=True; pass temperature.detach()"
+        )
+    if temperature.device != logits.device:
+        raise ValueError(
+            f"temperature: expected device {logits.device} (logits'), got {temperature.device}"
+        )
+    tokens = logits.shape[:-1]
+    try:
+        expanded = temperature.expand(tokens)
+    except RuntimeError:
+        raise ValueError(
+            f"temperature: expected a shape that broadcasts to {list(tokens)} (one per token), "
+            f"got {list(temperature.shape)}"
+        ) from None
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return 1.0, expanded.to(dtype)
+
+
+def values_are_checked(tensor: Tensor) -> bool:
+    """Whether values may be looked at here: never while a graph is being traced."""
+    if torch.compiler.is_compiling() or tensor.is_meta or type(tensor) is not Tensor:
+        return False
+    return tensor.device.type == "cpu" or os.environ.get("RLKERN_DEBUG") == "1"
+
+
+def first_offence(bad: Tensor, mask: Tensor | None) -> tuple[int, ...] | None:
+    """The index of the first true value of `bad` in a token that counts."""
+    if mask is not None:
+        bad = bad & mask
+    if not bool(bad.any()):
+        return None
+    return tuple(int(i) for i in bad.nonzero()[0])
+
+
+def check_token_values(
+    ids: Tensor, mask: Tensor | None, temperature: Tensor | None, vocab: int
+) -> None:
+    """Raises ValueError for an id outside [0, vocab) or a temperature that is not positive.
+
+    Only tokens that count are looked at: a masked position may hold anything.
+    """
+    if not values_are_checked(ids):
+        return
+    where = first_offence((ids < 0) | (ids >= vocab), mask)
+    if where is not None:
+        at = ", ".join(map(str, where))
+        raise ValueError(
+            f"token_ids: expected values in [0, {vocab}), got {int(ids[where])} at [{at}]; "
+            "mask out positions that do not count"
+        )
+    if temperature is None:
+        return
+    where = first_offence(~((temperature > 0) & (temperature < float("inf"))), mask)
+    if where is not None:
+        at = ", ".join(map(str, where))
+        raise ValueError(
+            f"temperature: expected positive finite values, got {float(temperature[where])} "
+            f"at [{at}]"
+        )

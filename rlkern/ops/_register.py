@@ -1,0 +1,41 @@
+"""Registration that every operator shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rlkern._schema import LIBRARY, SUFFIXES, operator_name
+
+
+def overload(op: str, backend: str) -> Callable[..., Any]:
+    """``torch.ops.rlkern.<op of that backend>``."""
+    return getattr(torch.ops.rlkern, operator_name(op, backend)).default
+
+
+def register_python(op: str, backend: str, function: Callable[..., Any]) -> None:
+    """Implements an operator in Python on every device."""
+    LIBRARY.impl(operator_name(op, backend), function, "CompositeExplicitAutograd")
+
+
+def register_fake(op: str, function: Callable[..., Any]) -> None:
+    """The shapes and dtypes of an operator's outputs, the same for all its backends."""
+    for backend in SUFFIXES:
+        name = f"rlkern::{operator_name(op, backend)}"
+        torch.library.register_fake(name, function, lib=LIBRARY)
+
+
+def forbid_second_derivative(op: str) -> None:
+    """Makes the derivative of a backward operator an error instead of a wrong number."""
+
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f"rlkern::{op} cannot be differentiated: rlkern's operators have first derivatives "
+            "only. For a gradient penalty compute this part in eager PyTorch."
+        )
+
+    for backend in SUFFIXES:
+        name = f"rlkern::{operator_name(op, backend)}"
+        torch.library.register_autograd(name, backward, lib=LIBRARY)

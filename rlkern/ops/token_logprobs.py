@@ -1,0 +1,288 @@
+"""token_logprobs: log-probability and entropy of chosen tokens, from logits."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlkern import _backend
+from rlkern.ops import _checks, _register
+from rlkern.reference import token_logprobs as reference
+
+
+class TokenLogprobs(NamedTuple):
+    """What token_logprobs returns with ``return_entropy=True``."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+@overload
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    return_entropy: Literal[False] = ...,
+    inplace_backward: bool = ...,
+) -> Tensor: ...
+@overload
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    return_entropy: Literal[True],
+    inplace_backward: bool = ...,
+) -> TokenLogprobs: ...
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+    inplace_backward: bool = False,
+) -> Tensor | TokenLogprobs:
+    """Log-probability of chosen tokens, in one pass over the logits, no softmax in memory.
+
+    With z = softcap(logits) / temperature, softcap(x) = c tanh(x / c):
+
+    - logp = z_y - log sum_j exp(z_j), exact also where token y carries nearly all the mass
+    - entropy H = -sum_j p_j log p_j (nats)
+    - d logp / d z_j = [j = y] - p_j and d H / d z_j = -p_j (log p_j + H); first derivatives only
+
+    Shapes are padded ([B, T, V] with [B, T]) or packed ([total, V] with [total]); any leading
+    shape serves. A slice such as ``logits[:, :-1]`` is read where it lies, but the gradient of a
+    slice allocates: to save that, pass the whole [B, T + 1, V] with one masked column.
+
+    A masked position is not read: its results and its gradient are 0. A token with logit -inf has
+    logp -inf and no gradient. A NaN, or without softcap a +inf, in a row that counts makes the
+    row's logp, entropy and gradient NaN.
+
+    Args:
+        logits: [..., V], float32, bfloat16, float16, or float64 (which runs in eager PyTorch).
+            The arithmetic is fp32 (fp64 for float64).
+        token_ids: [...], int64 or int32, in [0, V) where the mask is true.
+        mask: [...], bool or integer, true where a token counts. None: all do.
+        temperature: a positive number, or a tensor that broadcasts to [...], one per token, for
+            which no gradient is computed.
+        softcap: the bound c of Gemma's final logit softcapping, or None.
+        return_entropy: also return the entropy, from the same pass, with its gradient.
+        inplace_backward: let the backward write the gradient over ``logits`` instead of
+            allocating [..., V] anew. After the backward the logits hold their gradient; autograd
+            is told, so that in eager another use of them that was saved, or a second backward,
+            raises. Inside torch.compile the out-of-place form runs.
+
+    Returns:
+        logprobs [...], float32 (float64 for float64 logits); with return_entropy a
+        TokenLogprobs (logprobs, entropy).
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype, or a DTensor.
+        ValueError: a wrong shape or device; a token id outside the vocabulary or a temperature
+            that is not positive (checked on the CPU always, on a GPU with RLKERN_DEBUG=1; else
+            such a row's results are NaN); an in-place backward over a leaf, a view of a leaf, or
+            a tensor whose elements share memory.
+        RuntimeError: a backend was asked for that cannot serve the call; inside torch.compile, a
+            token id outside the vocabulary on the CPU.
+    """
+    logits = _checks.require_logits(logits)
+    ids = _checks.require_ids(token_ids, "token_ids", logits)
+    mask = _checks.optional_mask(mask, logits)
+    number, per_token = _checks.token_temperature(temperature, logits)
+    if softcap is not None:
+        softcap = _checks.positive_number(softcap, "softcap")
+    _checks.check_token_values(ids, mask, per_token, logits.shape[-1])
+    needs_grad = torch.is_grad_enabled() and logits.requires_grad
+    inplace = inplace_backward and needs_grad
+    if inplace:
+        _require_writable(logits)
+
+    backend = _backend.choose("token_logprobs", logits.device.type, logits.dtype)
+    rows = logits.flatten(0, -3) if logits.dim() > 3 else logits
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    shape = ids.shape
+    if logits.dim() > 3:
+        ids, mask, per_token = (
+            None if t is None else t.reshape(rows.shape[:-1]) for t in (ids, mask, per_token)
+        )
+    args = (rows, ids, mask, per_token, number, softcap, return_entropy)
+    if inplace and not torch.compiler.is_compiling():
+        logprobs, entropy = _InplaceBackward.apply(backend, *args)
+    else:
+        logprobs, entropy, _ = _register.overload("token_logprobs", backend)(*args)
+    if not return_entropy:
+        return logprobs.view(shape)
+    return TokenLogprobs(logprobs.view(shape), entropy.view(shape))
+
+
+def _require_writable(logits: Tensor) -> None:
+    what = "inplace_backward=True: expected logits whose memory may hold their gradient, got "
+    base = logits._base
+    if logits.is_leaf:
+        raise ValueError(
+            what + "a leaf tensor: the backward would overwrite a parameter or an input"
+        )
+    if base is not None and base.is_leaf and base.requires_grad:
+        raise ValueError(what + "a view of a leaf tensor: the backward would overwrite it")
+    shared = any(n > 1 and s == 0 for n, s in zip(logits.shape, logits.stride(), strict=True))
+    if shared:
+        raise ValueError(
+            what + f"an expanded tensor (strides {logits.stride()}): its elements share memory"
+        )
+
+
+# ---- autograd -------------------------------------------------------------------------------
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, ids, mask, per_token, ctx.temperature, ctx.softcap, _ = inputs
+    logprobs, entropy, state = output
+    ctx.mark_non_differentiable(state)
+    ctx.save_for_backward(logits, ids, mask, per_token, logprobs, entropy, state)
+
+
+def _backward_args(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    logits, ids, mask, per_token, logprobs, entropy, state = ctx.saved_tensors
+    g, h = grads[:2]
+    if entropy.numel() == 0:
+        h = None  # the entropy was not asked for: what autograd hands in is its empty gradient
+    return (
+        g, h, logits, ids, mask, per_token, ctx.temperature, ctx.softcap, logprobs, entropy, state
+    )  # fmt: skip
+
+
+class _InplaceBackward(torch.autograd.Function):
+    """Forward as the operator; backward writes over the logits.
+
+    A function of eager mode: an operator that mutates what a forward saved cannot be traced.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, *args: Any) -> tuple[Tensor, Tensor]:
+        output = _register.overload("token_logprobs", backend)(*args)
+        ctx.backend = backend
+        _setup_context(ctx, args, output)
+        return output[0], output[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        args = _backward_args(ctx, grads)
+        logits = args[2].detach()  # shares memory and version counter
+        _register.overload("token_logprobs_bwd_", ctx.backend)(*args[:2], logits, *args[3:])
+        torch.autograd.graph.increment_version(logits)
+        return (None, logits) + (None,) * 6
+
+
+def _register_autograd() -> None:
+    for backend in _register.SUFFIXES:
+
+        def backward(ctx: Any, *grads: Tensor | None, backend: str = backend) -> Any:
+            bwd = _register.overload("token_logprobs_bwd", backend)
+            return (bwd(*_backward_args(ctx, grads)),) + (None,) * 6
+
+        torch.library.register_autograd(
+            f"rlkern::{_register.operator_name('token_logprobs', backend)}",
+            backward,
+            setup_context=_setup_context,
+            lib=_register.LIBRARY,
+        )
+    _register.forbid_second_derivative("token_logprobs_bwd")
+
+
+# ---- shapes without values --------------------------------------------------------------------
+
+
+def _fake(logits, token_ids, mask, token_temperature, temperature, softcap, return_entropy):
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    shape = logits.shape[:-1]
+    return (
+        logits.new_empty(shape, dtype=dtype),
+        logits.new_empty(shape if return_entropy else (0,), dtype=dtype),
+        logits.new_empty((*shape, 2), dtype=dtype),
+    )
+
+
+# ---- backends in Python -----------------------------------------------------------------------
+
+
+def _flat(logits: Tensor, *per_token: Tensor | None) -> tuple[Tensor | None, ...]:
+    rows = logits.shape[:-1].numel()
+    return tuple(None if t is None else t.reshape(rows) for t in per_token)
+
+
+def _row_values(logits, mask, token_temperature, temperature):
+    """Mask and temperature as one value per row, for formulas that need no special case."""
+    rows = logits.shape[:-1].numel()
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    counts, temperatures = _flat(logits, mask, token_temperature)
+    if counts is None:
+        counts = torch.ones(rows, dtype=torch.bool, device=logits.device)
+    if temperatures is None:
+        temperatures = torch.full((rows,), temperature, dtype=dtype, device=logits.device)
+    return counts, temperatures
+
+
+def _reference_forward(
+    logits, token_ids, mask, token_temperature, temperature, softcap, return_entropy
+):
+    flat = logits.reshape(-1, logits.shape[-1])
+    counts, temperatures = _row_values(logits, mask, token_temperature, temperature)
+    _checks.check_token_values(token_ids, mask, token_temperature, logits.shape[-1])
+    logprobs, entropy, state = reference.forward(
+        flat, token_ids.reshape(-1), counts, temperatures, softcap
+    )
+    shape = logits.shape[:-1]
+    if not return_entropy:
+        entropy = entropy.new_empty(0)
+    else:
+        entropy = entropy.view(shape)
+    return logprobs.view(shape), entropy, state.view(*shape, 2)
+
+
+def _reference_backward(
+    grad_logprobs, grad_entropy, logits, token_ids, mask, token_temperature, temperature, softcap,
+    logprobs, entropy, state,
+):  # fmt: skip
+    counts, temperatures = _row_values(logits, mask, token_temperature, temperature)
+    zero = torch.zeros_like(logprobs)
+    g, h, ids, logp, ent = _flat(
+        logits,
+        zero if grad_logprobs is None else grad_logprobs,
+        zero if grad_entropy is None else grad_entropy,
+        token_ids,
+        logprobs,
+        entropy if entropy.numel() else zero,
+    )
+    grad = reference.backward(
+        g, h, logits.reshape(-1, logits.shape[-1]), ids, counts, temperatures, softcap, logp, ent,
+        state.reshape(-1, 2),
+    )  # fmt: skip
+    return grad.view(logits.shape)
+
+
+def _reference_backward_inplace(*args: Any) -> None:
+    args[2].copy_(_reference_backward(*args))
+
+
+_backend.register("token_logprobs")
+_register.register_fake("token_logprobs", _fake)
+_register.register_fake(
+    "token_logprobs_bwd", lambda g, h, logits, *rest: logits.new_empty(logits.shape)
+)
+_register.register_fake("token_logprobs_bwd_", lambda g, h, logits, *rest: None)
+_register.register_python("token_logprobs", "eager", _reference_forward)
+_register.register_python("token_logprobs_bwd", "eager", _reference_backward)
+_register.register_python("token_logprobs_bwd_", "eager", _reference_backward_inplace)
+_register_autograd()
