@@ -22,7 +22,7 @@ struct TokenLogprob {
 template <typename T>
 RLKERN_INLINE TokenLogprob<T> token_logprob(SoftmaxState<T> others, T target) {
   const T inf = static_cast<T>(__builtin_inf());
-  if (others.max == -inf) return {-inf, T(0), T(0)};  // every value is -inf
+  if (others.max == -inf && others.sum == T(0)) return {-inf, T(0), T(0)};  // nothing but -inf
   const T e = rl_exp(target);
   const T total = others.sum + e;
   const T log_sum = target == T(0) ? rl_log1p(others.sum) : rl_log(total);

@@ -26,7 +26,7 @@ RLKERN_INLINE SoftmaxState<T> softmax_rebase(SoftmaxState<T> s, T max) {
   if (s.sum == T(0) || s.max == max) return {max, s.sum, s.weighted};
   const T shift = s.max - max;
   const T factor = rl_exp(shift);
-  if (factor == T(0)) return {max, T(0), T(0)};
+  if (factor == T(0)) return {max, s.sum * T(0), T(0)};
   return {max, s.sum * factor, (s.weighted + shift * s.sum) * factor};
 }
 

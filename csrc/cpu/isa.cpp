@@ -51,8 +51,10 @@ const RowKernels& row_kernels() {
 
 }  // namespace rlkern
 
+#define RLKERN_EXPORT extern "C" __attribute__((visibility("default")))
+
 // For rlkern.info: the instruction set in use, or the error's text.
-extern "C" const char* rlkern_cpu_isa() {
+RLKERN_EXPORT const char* rlkern_cpu_isa() {
   static thread_local std::string text;
   try {
     text = rlkern::row_kernels().name;
@@ -62,4 +64,4 @@ extern "C" const char* rlkern_cpu_isa() {
   return text.c_str();
 }
 
-extern "C" int rlkern_cpu_supports(const char* isa) { return rlkern::supported(isa); }
+RLKERN_EXPORT int rlkern_cpu_supports(const char* isa) { return rlkern::supported(isa); }

@@ -119,8 +119,8 @@ void backward_rows(const Rows& rows, const std::optional<Tensor>& grad_logprobs,
       const float max = saved[2 * i], log_sum = saved[2 * i + 1];
       // Rows without a gradient are not read: masked ones, all -inf, nothing upstream. A row
       // that holds a NaN shows it all the same.
-      const bool silent = gi == 0 && hi == 0 && !std::isnan(log_sum);
-      if (!rows.counts(i) || max == -kInfinity || silent) {
+      const bool silent = ((gi == 0 && hi == 0) || max == -kInfinity) && !std::isnan(log_sum);
+      if (!rows.counts(i) || silent) {
         std::memset(dx, 0, rows.vocab * rows.element_size);
         continue;
       }

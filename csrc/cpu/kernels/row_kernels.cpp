@@ -131,10 +131,11 @@ void forward_row(const LogitRow& row, RowForward* out) {
       }
       max = block_max;
     }
-    // A maximum of -inf has seen nothing but -inf, of which no difference may be taken.
-    if (max == -kInf) continue;
     if (row.target >= begin && row.target < begin + count) values[row.target - begin] = -kInf;
-    sum_block<kEntropy>(values, (count + kStep - 1) / kStep * kStep, max, scale, &state);
+    // A maximum of -inf has seen nothing but -inf, of which no difference may be taken, and NaN,
+    // which must still reach the sum.
+    const float base = max == -kInf ? 0.0f : max;
+    sum_block<kEntropy>(values, (count + kStep - 1) / kStep * kStep, base, scale, &state);
   }
   out->others = {max * inv_temperature, state.sum, state.weighted * inv_temperature};
   out->target = ((double)target - (double)max) * inv_temperature;
@@ -150,6 +151,9 @@ void forward(const LogitRow& row, bool entropy, RowForward* out) {
   }
 }
 
+// A NaN without a payload, which survives the rounding to bfloat16 as NaN.
+RLKERN_INLINE float plain_nan(float x) { return x != x ? __builtin_nanf("") : x; }
+
 template <typename Type, bool kCapped, bool kSloped>
 void backward_row(const LogitRow& row, const RowBackward& grad, void* out) {
   const auto* x = static_cast<const typename Type::Scalar*>(row.x);
@@ -159,8 +163,9 @@ void backward_row(const LogitRow& row, const RowBackward& grad, void* out) {
   // p_j = exp(z_j - max - log_sum): as a shift of y the sum's logarithm costs nothing, but a
   // large maximum would swallow it. So it is a factor, and the maximum is taken off exactly.
   const float inv_sum = rl_exp(-grad.log_sum);
-  const float constant = grad.constant * row.inv_temperature * inv_sum;
-  const float slope = grad.slope * row.inv_temperature * row.inv_temperature * inv_sum;
+  const float max = grad.max;
+  const float constant = plain_nan(grad.constant * row.inv_temperature * inv_sum);
+  const float slope = plain_nan(grad.slope * row.inv_temperature * row.inv_temperature * inv_sum);
 
   const auto gradient = [&](vfloat v) __attribute__((always_inline)) {
     vfloat factor = broadcast(1.0f);
@@ -168,13 +173,13 @@ void backward_row(const LogitRow& row, const RowBackward& grad, void* out) {
       factor = cap.derivative(v);
       v = cap.value(v);
     }
-    const Exp2 e = exp2_scaled(v - grad.max, scale);
+    const Exp2 e = exp2_scaled(v - max, scale);
     vfloat g = e.value() * (kSloped ? constant + slope * e.clamped : broadcast(constant));
     if (kCapped) g *= factor;
     return g;
   };
 
-  float target_grad = grad.target * row.inv_temperature;
+  float target_grad = plain_nan(grad.target * row.inv_temperature);
   // Read before the row is written over. A gradient of 0 stays 0 where the logit is not finite.
   if (kCapped && target_grad != 0) {
     target_grad *= cap.derivative(load_partial<Type>(x + row.target, 1))[0];

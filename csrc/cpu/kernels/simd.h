@@ -57,6 +57,28 @@ RLKERN_INLINE float reduce_sum(vfloat v) {
   return sum;
 }
 
+// 16-bit values widened, and narrowed where they fit. Left to itself the compiler shuffles for long.
+RLKERN_INLINE vuint widen(vhalf h) {
+#if RLKERN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return (vuint)_mm512_cvtepu16_epi32((__m256i)h);
+#elif RLKERN_VECTOR_BYTES == 32 && defined(__AVX2__)
+  return (vuint)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, vuint);
+#endif
+}
+
+RLKERN_INLINE vhalf narrow(vuint v) {
+#if RLKERN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return (vhalf)_mm512_cvtepi32_epi16((__m512i)v);
+#elif RLKERN_VECTOR_BYTES == 32 && defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);
+  return (vhalf)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+  return __builtin_convertvector(v, vhalf);
+#endif
+}
+
 // 2^t as scale * (1 + fraction), for t = d * k with k > 0 and t at most about 0. Below -126.5 the
 // scale, and so the result, is exactly 0 (d = -inf included); NaN gives NaN. The fraction's
 // polynomial is minimax on [-1/2, 1/2] with a relative error of 9.2e-8.
@@ -112,14 +134,13 @@ struct BFloat16Type {
   RLKERN_INLINE vfloat load(const Scalar* p) {
     vhalf h;
     __builtin_memcpy(&h, p, sizeof h);
-    return (vfloat)(__builtin_convertvector(h, vuint) << 16);
+    return (vfloat)(widen(h) << 16);
   }
-  // To nearest, ties to even; a NaN stays one (the rounding could carry it over to infinity).
+  // To nearest, ties to even. A NaN must have its low 15 bits 0 (row_kernels.cpp sees to it), or
+  // the rounding could carry it over to another number.
   RLKERN_INLINE void store(Scalar* p, vfloat v) {
     const vuint bits = (vuint)v;
-    const vuint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const vuint nan = (vuint)(v != v);
-    const vhalf h = __builtin_convertvector((rounded & ~nan) | (0x7fc0u & nan), vhalf);
+    const vhalf h = narrow((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
     __builtin_memcpy(p, &h, sizeof h);
   }
 };
@@ -134,7 +155,7 @@ struct HalfType {
 #elif RLKERN_VECTOR_BYTES == 32 && defined(__F16C__)
     return (vfloat)_mm256_cvtph_ps((__m128i)h);
 #else
-    const vuint wide = __builtin_convertvector(h, vuint);
+    const vuint wide = widen(h);
     // The bits moved into place have an exponent too low by 112, which a product mends, for
     // subnormals too; infinity and NaN then get the exponent they need.
     const vfloat magnitude = (vfloat)((wide & 0x7fffu) << 13) * 0x1p112f;
@@ -158,7 +179,7 @@ struct HalfType {
     const vuint is_nan = (vuint)((vint)magnitude > 0x7f800000);
     vuint out = (subnormal & is_small) | (normal & ~is_small);
     out = (out & ~is_large) | (0x7c00u & is_large) | (0x0200u & is_nan);
-    const vhalf h = __builtin_convertvector(out | ((bits >> 16) & 0x8000u), vhalf);
+    const vhalf h = narrow(out | ((bits >> 16) & 0x8000u));
 #endif
     __builtin_memcpy(p, &h, sizeof h);
   }

@@ -1,0 +1,24 @@
+"""The backends that an operator's tests run on."""
+
+from __future__ import annotations
+
+import pytest
+
+import rlkern
+from rlkern import _native
+
+CPU_BACKENDS = ("eager", "native-avx512", "native-avx2", "native-portable")
+
+
+@pytest.fixture(params=CPU_BACKENDS)
+def backend(request, monkeypatch):
+    """Serves the test by one backend, native ones by one build of their kernels."""
+    name, _, isa = request.param.partition("-")
+    if isa:
+        if _native.problems["cpu"]:
+            pytest.skip(f"no compiled CPU library: {_native.problems['cpu']}")
+        if isa not in _native.cpu_isas():
+            pytest.skip(f"this machine cannot run {isa}")
+        monkeypatch.setenv("RLKERN_CPU_ISA", isa)
+    with rlkern.use_backend(name):
+        yield name
