@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import subprocess
@@ -43,9 +44,13 @@ def common():
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}",
         "-DCMAKE_BUILD_TYPE=Release",
     ]  # fmt: skip
-    for command in (configure, ["cmake", "--build", folder]):
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    folder.mkdir(parents=True, exist_ok=True)
+    # Parallel test workers share the folder: one builds, the others find it built.
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (configure, ["cmake", "--build", folder]):
+            done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
     (library,) = folder.glob("_test_common*.so")
     spec = importlib.util.spec_from_file_location("_test_common", library)
     module = importlib.util.module_from_spec(spec)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rlkern import _backend
 from rlkern.ops import _checks, _register
@@ -176,8 +176,14 @@ class _InplaceBackward(torch.autograd.Function):
         return output[0], output[1]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        # Raised at once: what is written over the logits carries no graph, and a penalty on it
+        # would be left out in silence.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "inplace_backward=True: expected a backward without create_graph: rlkern's "
+                "operators have first derivatives only"
+            )
         args = _backward_args(ctx, grads)
         logits = args[2].detach()  # shares memory and version counter
         _register.overload("token_logprobs_bwd_", ctx.backend)(*args[:2], logits, *args[3:])
@@ -276,6 +282,17 @@ def _reference_backward_inplace(*args: Any) -> None:
     args[2].copy_(_reference_backward(*args))
 
 
+def _triton(function: str) -> Callable[..., Any]:
+    """A function of the Triton module, which is imported at its first call."""
+
+    def call(*args: Any) -> Any:
+        from rlkern.triton import token_logprobs as kernels
+
+        return getattr(kernels, function)(*args)
+
+    return call
+
+
 _backend.register("token_logprobs")
 _register.register_fake("token_logprobs", _fake)
 _register.register_fake(
@@ -285,4 +302,7 @@ _register.register_fake("token_logprobs_bwd_", lambda g, h, logits, *rest: None)
 _register.register_python("token_logprobs", "eager", _reference_forward)
 _register.register_python("token_logprobs_bwd", "eager", _reference_backward)
 _register.register_python("token_logprobs_bwd_", "eager", _reference_backward_inplace)
+_register.register_python("token_logprobs", "triton", _triton("forward"))
+_register.register_python("token_logprobs_bwd", "triton", _triton("backward"))
+_register.register_python("token_logprobs_bwd_", "triton", _triton("backward_inplace"))
 _register_autograd()
