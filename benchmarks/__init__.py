@@ -1,0 +1,1 @@
+"""Benchmarks of rlkern: every figure beside its ceiling, its peers and its error."""

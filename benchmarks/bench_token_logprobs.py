@@ -1,0 +1,191 @@
+"""token_logprobs against eager, torch.compile and TRL, forward and with its backward.
+
+Forward runs under no_grad, as old and reference log-probabilities are taken. With backward, the
+call and the gradient with respect to the logits are one timed region. Peers get the dtype that
+trainers give them: bf16 logits stay bf16 throughout, which is why their errors are larger.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.case import Case, Contestant, Floor, MemoryLimit
+
+FORWARD = "forward"
+BACKWARD = "forward + backward"
+SHAPE = {"rows": 4, "tokens": 128, "vocab": 151936}
+QUICK_SHAPE = {"rows": 2, "tokens": 16, "vocab": 4096}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}
+
+
+def eager(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """The lines that trainers carry, in the dtype of the logits."""
+    return torch.gather(logits.log_softmax(-1), -1, token_ids.unsqueeze(-1)).squeeze(-1)
+
+
+def build_eager():
+    return eager
+
+
+def build_compiled():
+    return torch.compile(eager, dynamic=False)
+
+
+def build_trl():
+    from trl.trainer.utils import selective_log_softmax
+
+    return selective_log_softmax
+
+
+def build_rlkern(inplace_backward: bool = False):
+    import rlkern
+
+    def native(logits, token_ids):
+        # Named, so that a machine without the compiled library is reported and not timed in eager.
+        with rlkern.use_backend("native"):
+            return rlkern.token_logprobs(logits, token_ids, inplace_backward=inplace_backward)
+
+    return native
+
+
+def forward(build):
+    def build_task():
+        return torch.no_grad()(build())
+
+    return build_task
+
+
+def with_backward(build):
+    def build_task():
+        function = build()
+
+        def run(logits, token_ids, upstream):
+            logprobs = function(logits, token_ids)
+            # Asking for the gradient of a non-leaf hands over the tensor that backward made;
+            # accumulating into a leaf's .grad could copy it.
+            (gradient,) = torch.autograd.grad(logprobs, logits, upstream.to(logprobs.dtype))
+            return logprobs, gradient
+
+        return run
+
+    return build_task
+
+
+class _Produce(torch.autograd.Function):
+    """Hands out a buffer as logits that a model would have produced, without a copy.
+
+    In-place backward writes over logits that are not a leaf. The fresh tensor over the buffer's
+    storage is no view of anything and has a version counter of its own, like a matrix product's
+    result.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, buffer):
+        return torch.empty(0, dtype=buffer.dtype, device=buffer.device).set_(buffer)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise AssertionError("no gradient is asked for below the logits")
+
+
+class TokenLogprobs(Case):
+    """Logits [rows, tokens, vocab] as a trainer holds them, and one chosen token each."""
+
+    operator = "token_logprobs"
+    contestants = (
+        Contestant(FORWARD, "rlkern", forward(build_rlkern)),
+        Contestant(FORWARD, "eager", forward(build_eager)),
+        Contestant(FORWARD, "torch.compile", forward(build_compiled)),
+        Contestant(FORWARD, "TRL", forward(build_trl)),
+        Contestant(BACKWARD, "rlkern in place", with_backward(lambda: build_rlkern(True))),
+        Contestant(BACKWARD, "rlkern", with_backward(build_rlkern)),
+        Contestant(BACKWARD, "eager", with_backward(build_eager)),
+        Contestant(BACKWARD, "torch.compile", with_backward(build_compiled)),
+        Contestant(BACKWARD, "TRL", with_backward(build_trl)),
+    )
+    bounds = {FORWARD: ("read",), BACKWARD: ("read", "scale")}
+
+    def __init__(self, rows: int, tokens: int, vocab: int, dtype: str) -> None:
+        kind = getattr(torch, dtype)
+        self.tolerance = TOLERANCE[kind]
+        generator = torch.Generator().manual_seed(0)
+        shape = (rows, tokens)
+        self.token_ids = torch.randint(vocab, shape, generator=generator)
+        logits = torch.randn(*shape, vocab, generator=generator)
+        # Chosen tokens from hopeless to nearly certain, as sampled text has them.
+        lift = torch.rand(*shape, 1, generator=generator) * (math.log(vocab) + 2)
+        self.pristine = logits.scatter_add_(-1, self.token_ids.unsqueeze(-1), lift).to(kind)
+        self.bulk = self.pristine.clone()
+        # Exact in bf16, so that every dtype is given the same upstream gradient.
+        self.upstream = torch.randn(shape, generator=generator).bfloat16().float()
+        self.weight = torch.zeros((), requires_grad=True)
+
+    @staticmethod
+    def floors(**params: Any) -> tuple[Floor | MemoryLimit, ...]:
+        if {name: params[name] for name in SHAPE} != SHAPE:
+            return ()
+        inplace = f"{BACKWARD}/rlkern in place"
+        fp32 = params["dtype"] == "float32"
+        of_read = (Floor("forward/rlkern", ("read",), 0.6),) if fp32 else ()
+        return of_read + (
+            Floor("forward/rlkern", ("forward/eager",), 4),
+            Floor("forward/rlkern", ("forward/torch.compile",), 1.5),
+            MemoryLimit("forward/rlkern", 0.01),
+            Floor(inplace, ("read", "scale"), 0.5 if fp32 else 0.25),
+            Floor(inplace, (f"{BACKWARD}/eager",), 6),
+            Floor(inplace, (f"{BACKWARD}/torch.compile",), 5),
+        )
+
+    def prepare(self, task: str) -> tuple[torch.Tensor, ...]:
+        self.bulk.copy_(self.pristine)
+        if task == FORWARD:
+            return self.bulk, self.token_ids
+        return _Produce.apply(self.weight, self.bulk), self.token_ids, self.upstream
+
+    @torch.no_grad()
+    def errors(self, task: str, outputs: Any) -> dict[str, float]:
+        """Errors against float64, the worst over rows.
+
+        logprob: absolute, relative above 1. target: of the chosen token's gradient, over the
+        upstream one. rest: of the other tokens' gradient, in the 2-norm, over its own norm; apart
+        from the target's, beside which all of them together could be missing unnoticed.
+        """
+        logprobs, gradient = outputs if task == BACKWARD else (outputs, None)
+        worst: dict[str, float] = {}
+
+        def note(name: str, values: torch.Tensor) -> None:
+            # torch's maximum keeps a NaN, Python's would lose it.
+            worst[name] = values.new_tensor([worst.get(name, 0.0), values.max()]).max().item()
+
+        # A few rows at a time: float64 copies of everything would be the largest tensors here.
+        for start in range(0, self.token_ids.numel(), 16):
+
+            def rows(tensor: torch.Tensor, start: int = start) -> torch.Tensor:
+                return tensor.flatten(0, 1)[start : start + 16].double()
+
+            tokens = self.token_ids.flatten()[start : start + 16]
+            picked = torch.arange(len(tokens)), tokens
+            log_softmax = rows(self.pristine).log_softmax(-1)
+            truth = log_softmax[picked]
+            note("logprob", (rows(logprobs) - truth).abs() / truth.abs().clamp(min=1))
+            if gradient is None:
+                continue
+            upstream = rows(self.upstream)
+            expected = log_softmax.exp_().mul_(-upstream.unsqueeze(-1))
+            expected[picked] += upstream
+            difference = rows(gradient).sub_(expected)
+            note("target", (difference[picked] / upstream).abs())
+            difference[picked] = 0
+            expected[picked] = 0
+            note("rest", difference.norm(dim=-1) / expected.norm(dim=-1))
+        return worst
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("contestant", [c.key for c in TokenLogprobs.contestants])
+def test_token_logprobs(contest, quick, dtype, contestant):
+    contest(TokenLogprobs, (QUICK_SHAPE if quick else SHAPE) | {"dtype": dtype}, contestant)

@@ -1,0 +1,85 @@
+"""What a benchmark is made of: a case, its contestants and the floors they must reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One implementation of one task.
+
+    Attributes:
+        task: What is computed; contestants of one task are compared with each other.
+        name: Who computes it. Names that start with "rlkern" are ours, the others are peers.
+        build: Imports what is needed and returns the function to time. It is called in the child
+            process; whatever it raises becomes the reason for which the contestant is skipped.
+    """
+
+    task: str
+    name: str
+    build: Callable[[], Callable[..., Any]]
+
+    @property
+    def key(self) -> str:
+        return f"{self.task}/{self.name}"
+
+    @property
+    def ours(self) -> bool:
+        return self.name.startswith("rlkern")
+
+
+@dataclass(frozen=True)
+class Floor:
+    """A promise: the times of `against`, added, are at least `least` times the contestant's.
+
+    `against` names ceilings ("read") or contestants ("forward/eager"), so one rule serves both
+    "0.6 of the read ceiling" and "4 times as fast as eager".
+    """
+
+    contestant: str
+    against: tuple[str, ...]
+    least: float
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """A promise: peak extra memory is at most this share of the case's bulk tensor."""
+
+    contestant: str
+    most: float
+
+
+class Case:
+    """One operator at one shape: the inputs, who computes on them, and what is right.
+
+    A subclass allocates its inputs in `__init__` from keyword parameters that JSON can carry,
+    because every measurement builds the case again in a fresh process.
+    """
+
+    operator: ClassVar[str]
+    contestants: ClassVar[tuple[Contestant, ...]]
+    #: Task -> the ceilings whose added time no implementation of that task can beat.
+    bounds: ClassVar[dict[str, tuple[str, ...]]]
+
+    #: The tensor whose traffic dominates: ceilings move its bytes, memory is a share of it.
+    bulk: torch.Tensor
+    #: A result is wrong, and gets no speed, when any of its errors exceeds this.
+    tolerance: float
+
+    @staticmethod
+    def floors(**params: Any) -> tuple[Floor | MemoryLimit, ...]:
+        """The promises made for these parameters; none by default."""
+        return ()
+
+    def prepare(self, task: str) -> tuple[Any, ...]:
+        """Restores the inputs and returns the arguments of one call, outside the timed region."""
+        raise NotImplementedError
+
+    def errors(self, task: str, outputs: Any) -> dict[str, float]:
+        """Named errors of a contestant's outputs against float64."""
+        raise NotImplementedError

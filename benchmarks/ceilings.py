@@ -1,0 +1,35 @@
+"""What the machine can do at best with the bytes of a tensor, measured like a contestant.
+
+Every candidate below is timed in the same alternation as the contestants; the fastest one of a
+kind, per process, is the ceiling. A single candidate would not do: which reduction reaches memory
+bandwidth depends on torch's vectorisation for the machine at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+def candidates(bulk: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """Returns functions by "ceiling/kind/candidate".
+
+    The bytes are taken as fp32 whatever the dtype of `bulk`, so that no conversion of bf16 weighs
+    on a figure that stands for memory alone.
+
+    Args:
+        bulk: A contiguous tensor whose byte count is a multiple of 8. It is scaled in place: the
+            caller restores it before every call.
+    """
+    words = bulk.view(-1).view(torch.float32)
+    rows = words.view(-1, bulk.shape[-1] * bulk.element_size() // 4)
+    long_words = bulk.view(-1).view(torch.int64)
+    copy = torch.empty_like(words).copy_(words)
+    return {
+        "ceiling/read/sum": lambda: words.sum(),
+        "ceiling/read/sum of rows": lambda: rows.sum(-1),
+        "ceiling/read/sum of int64": lambda: long_words.sum(),
+        "ceiling/copy/copy_": lambda: copy.copy_(words),
+        "ceiling/scale/mul_": lambda: words.mul_(1.0001),
+    }

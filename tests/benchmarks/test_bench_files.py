@@ -1,0 +1,111 @@
+"""The benchmark files under pytest, as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.bench_token_logprobs import BACKWARD, FORWARD, QUICK_SHAPE, TokenLogprobs, eager
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+
+
+def run_pytest(*arguments):
+    path = os.pathsep.join([*filter(None, sys.path), str(ROOT), str(HERE)])
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path, "PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+    )
+
+
+def rows(text, heading):
+    """The rows of the Markdown table that starts with this heading, by their first cell."""
+    lines = iter(text.splitlines())
+    first = next(line for line in lines if line.startswith(f"| {heading} "))
+    header = [cell.strip() for cell in first.split("|")]
+    next(lines)
+    table = {}
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        found = [cell.strip() for cell in line.split("|")]
+        table[found[1]] = dict(zip(header[1:-1], found[1:-1], strict=False))
+    return table
+
+
+def test_quick_token_logprobs(tmp_path):
+    file, data = ROOT / "benchmarks" / "bench_token_logprobs.py", tmp_path / "pytest.json"
+    results = tmp_path / "results"
+    run = run_pytest(
+        file, "--quick", "-k", "float32", "--results", results, f"--benchmark-json={data}"
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+    for task in (FORWARD, BACKWARD):
+        table = rows(run.stdout, task)
+        assert list(table) == [c.name for c in TokenLogprobs.contestants if c.task == task]
+        assert float(table["eager"]["x eager"]) == 1
+        for row in table.values():
+            assert "[" in row["ms"] or row["ms"].startswith("skipped: "), row
+    assert "No floor is promised" in run.stdout
+
+    kept = json.loads((results / "token_logprobs.json").read_text())
+    assert kept["machine"]["versions"]["torch"] == torch.__version__
+    assert kept["cases"][0]["entries"]["forward/eager"]["samples"]
+    for text in ((results / "token_logprobs.md").read_text(), json.dumps(kept)):
+        assert str(ROOT) not in text and str(tmp_path) not in text
+    eager_runs = [b for b in json.loads(data.read_text())["benchmarks"] if "eager" in b["name"]]
+    assert len(eager_runs) == 2
+    for one in eager_runs:
+        info = one["extra_info"]
+        assert one["stats"]["median"] == pytest.approx(info["seconds"]["median"])
+        assert info["errors"] and "extra_share" in info and "ceilings" in info
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_missed_floor_fails_only_where_asked(strict):
+    options = ["--check-floors"] if strict else []
+    run = run_pytest(HERE / "bench_toy.py", "-p", "benchmarks.conftest", "--quick", *options)
+    assert run.returncode == strict, run.stdout + run.stderr
+    assert "wrong: error double 1.0e+00" in run.stdout
+    assert "skipped: ModuleNotFoundError: No module named 'no_such_peer'" in run.stdout
+    assert ("misses its floor: 1e+09 times as fast as right" in run.stdout) == strict
+    assert len(rows(run.stdout, "floor")) == 2
+
+
+class TestTokenLogprobsErrors:
+    @pytest.fixture
+    def case(self):
+        return TokenLogprobs(**QUICK_SHAPE, dtype="float32")
+
+    def outputs(self, case):
+        logits, token_ids, upstream = case.prepare(BACKWARD)
+        assert not logits.is_leaf and logits.data_ptr() == case.bulk.data_ptr()
+        logprobs = eager(logits, token_ids)
+        return logprobs.detach(), *torch.autograd.grad(logprobs, logits, upstream)
+
+    def test_right_ones_pass(self, case):
+        assert max(case.errors(BACKWARD, self.outputs(case)).values()) < 1e-5
+
+    def test_each_output_is_looked_at(self, case):
+        logprobs, gradient = self.outputs(case)
+        only_target = torch.zeros_like(gradient)
+        at = case.token_ids.unsqueeze(-1)
+        only_target.scatter_(-1, at, gradient.gather(-1, at))
+        assert case.errors(BACKWARD, (logprobs, only_target))["rest"] == pytest.approx(1)
+        assert case.errors(BACKWARD, (logprobs, gradient - only_target))["target"] > 0.1
+        assert case.errors(FORWARD, logprobs + 1)["logprob"] > 0.05
+
+    def test_one_nan_is_enough(self, case):
+        logprobs, gradient = self.outputs(case)
+        gradient[0, 0, 5] = torch.nan
+        errors = case.errors(BACKWARD, (logprobs, gradient))
+        assert errors["rest"] != errors["rest"]

@@ -1,0 +1,141 @@
+"""The harness itself: turns, medians, wrong results, failing peers, memory, floors, report."""
+
+import pytest
+import torch
+from bench_toy import TEMPORARY_BYTES, Toy
+
+from benchmarks import report, worker
+from benchmarks.case import Floor, MemoryLimit
+from benchmarks.measure import Plan, judge, measure, process_medians, run_child, times_as_fast
+from benchmarks.memory import peak_extra_bytes
+
+OURS = "double/rlkern in place"
+
+
+@pytest.fixture(scope="module")
+def summary():
+    return measure(Toy, {"size": 1 << 16}, Plan(processes=2, rounds=3))
+
+
+def entry_of(*seconds):
+    return {"status": "ok", "seconds": list(seconds)}
+
+
+def test_contestants_take_turns_after_restoring():
+    log = []
+
+    def ready(name):
+        log.append(f"restore {name}")
+        return lambda: log.append(f"run {name}")
+
+    def clock(call):
+        call()
+        return float(len(log)), 0
+
+    contestants = {name: (lambda name=name: ready(name)) for name in "AB"}
+    samples = worker.alternate(contestants, 2, 1, before=lambda: log.append("evict"), clock=clock)
+    turn = ["restore A", "evict", "run A", "restore B", "evict", "run B"]
+    assert log == turn * 3
+    assert samples == {"A": [(9.0, 0), (15.0, 0)], "B": [(12.0, 0), (18.0, 0)]}
+
+
+def test_clock_measures_the_call_alone():
+    seconds, faults = worker.timed(lambda: torch.ones(16 << 20))
+    assert 0 < seconds < 10
+    # 64 MiB of fresh pages, whether of 4 KiB or larger.
+    assert faults >= 16
+
+
+def test_medians_are_taken_per_process_first():
+    reports = [
+        {"entries": {"t/a": entry_of(1, 2, 90)}},
+        {"entries": {"t/a": entry_of(3, 4, 5)}},
+        {"entries": {"t/a": entry_of(80, 6, 7)}},
+    ]
+    # The median of all samples would be 5.
+    assert process_medians(reports)["t/a"] == [2, 4, 7]
+    assert times_as_fast({"t/a": [2, 4, 7]}, "t/a", ["t/a"])["median"] == 1
+
+
+def test_ceiling_is_the_fastest_candidate_of_each_process():
+    reports = [
+        {"entries": {"ceiling/read/one": entry_of(1), "ceiling/read/two": entry_of(2)}},
+        {"entries": {"ceiling/read/one": entry_of(4), "ceiling/read/two": entry_of(3)}},
+    ]
+    assert process_medians(reports) == {"read": [1, 3]}
+
+
+def test_ratios_are_taken_inside_each_process():
+    medians = {"read": [1, 10], "scale": [3, 30], "t/a": [2, 20]}
+    assert times_as_fast(medians, "t/a", ["read", "scale"]) == {"median": 2, "low": 2, "high": 2}
+    assert times_as_fast(medians, "t/a", ["absent"]) is None
+
+
+def test_floors_are_met_missed_or_not_measured():
+    medians = {"read": [1.0], "t/a": [2.0], "t/peer": [8.0]}
+    entries = {"t/a": {"extra_share": 0.02}, "t/peer": {}}
+
+    def met(floor):
+        return judge(floor, medians, entries)["met"]
+
+    assert met(Floor("t/a", ("read",), 0.5)) is True
+    assert met(Floor("t/a", ("read",), 0.51)) is False
+    assert met(Floor("t/a", ("t/peer",), 4)) is True
+    assert met(Floor("t/a", ("t/absent",), 4)) is None
+    assert met(MemoryLimit("t/a", 0.01)) is False
+    assert met(MemoryLimit("t/peer", 0.01)) is None
+
+
+def test_a_wrong_result_gets_no_speed(summary):
+    for name in ("wrong", "nan"):
+        entry = summary["entries"][f"double/{name}"]
+        assert entry["status"] == "wrong"
+        assert "error double" in entry["reason"]
+        assert "seconds" not in entry and "samples" not in entry
+        assert summary["entries"][OURS]["peers"][name] is None
+
+
+def test_a_failing_peer_is_skipped_by_name_and_reason(summary):
+    missing, raising = (summary["entries"][f"double/{name}"] for name in ("missing", "raising"))
+    assert (missing["status"], raising["status"]) == ("skipped", "skipped")
+    assert missing["reason"] == "ModuleNotFoundError: No module named 'no_such_peer'"
+    assert raising["reason"] == "RuntimeError: cannot serve this call"
+
+
+def test_every_process_gives_every_right_contestant_its_samples(summary):
+    for name in ("rlkern in place", "right", "greedy"):
+        entry = summary["entries"][f"double/{name}"]
+        assert entry["status"] == "ok"
+        assert [len(samples) for samples in entry["samples"]] == [3, 3]
+        assert entry["seconds"]["low"] <= entry["seconds"]["median"] <= entry["seconds"]["high"]
+    assert set(summary["ceilings"]) == {"read", "copy", "scale"}
+
+
+def test_a_process_that_dies_is_an_error():
+    with pytest.raises(RuntimeError, match="unexpected keyword argument"):
+        run_child(Toy, {"no_such_parameter": 1}, Plan(1, 1))
+
+
+def test_memory_probe_sees_a_temporary(summary):
+    """Also one that is freed before the call returns, and not what was there before."""
+    standing = torch.ones(TEMPORARY_BYTES)
+    extra = peak_extra_bytes(lambda: torch.ones(TEMPORARY_BYTES // 4).sum())
+    assert TEMPORARY_BYTES * 0.95 < extra < TEMPORARY_BYTES * 1.2
+    assert peak_extra_bytes(standing.sum) < TEMPORARY_BYTES * 0.1
+    entry = summary["entries"]["double/greedy"]
+    assert TEMPORARY_BYTES * 0.95 < entry["extra_bytes"] < TEMPORARY_BYTES * 1.2
+
+
+def test_report_names_what_is_wrong_and_what_was_missed(summary):
+    machine = {"megahertz": 1000.0}
+    lines = report.render(summary, machine).splitlines()
+
+    def cells(start):
+        return next(line for line in lines if line.startswith(f"| {start} ")).split("|")[1:-1]
+
+    assert "of read + scale" in cells("double")[2]
+    assert cells("wrong")[1].strip().startswith("wrong: error double 1.0e+00")
+    assert cells("missing")[1].strip().startswith("skipped: ModuleNotFoundError")
+    assert cells("right")[-1].strip() == "0.0e+00 (double)"
+    floors = [line.split("|")[4].strip() for line in lines if line.startswith("| double/")]
+    assert floors == ["yes", "NO", "not measured", "NO"]
