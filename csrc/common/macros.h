@@ -6,7 +6,13 @@
 // running on a machine without AVX-512.
 #if defined(__CUDACC__)
 #define RLKERN_INLINE static __host__ __device__ __forceinline__
+// For members of structs that kernels use.
+#define RLKERN_HD __host__ __device__ __forceinline__
+// What uses the threads of a block.
+#define RLKERN_DEVICE static __device__ __forceinline__
 #else
+#define RLKERN_HD inline
+#define RLKERN_DEVICE static inline
 #define RLKERN_INLINE static inline __attribute__((always_inline))
 #endif
 

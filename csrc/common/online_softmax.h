@@ -18,23 +18,24 @@ RLKERN_INLINE SoftmaxState<T> softmax_empty() {
   return {-static_cast<T>(__builtin_inf()), T(0), T(0)};
 }
 
-// Moves a state to a maximum that is not below its own.
+// Moves a state to a maximum that is not below its own. A state may be kept in units of a y with
+// z = y * scale, so that differences are taken before they are scaled.
 template <typename T>
-RLKERN_INLINE SoftmaxState<T> softmax_rebase(SoftmaxState<T> s, T max) {
+RLKERN_INLINE SoftmaxState<T> softmax_rebase(SoftmaxState<T> s, T max, T scale = T(1)) {
   // An empty sum has nothing to move, and its -inf maximum would make 0 * inf below. A NaN sum
   // is moved: it must stay visible.
   if (s.sum == T(0) || s.max == max) return {max, s.sum, s.weighted};
   const T shift = s.max - max;
-  const T factor = rl_exp(shift);
+  const T factor = rl_exp(shift * scale);
   if (factor == T(0)) return {max, s.sum * T(0), T(0)};
   return {max, s.sum * factor, (s.weighted + shift * s.sum) * factor};
 }
 
 template <typename T>
-RLKERN_INLINE SoftmaxState<T> softmax_merge(SoftmaxState<T> a, SoftmaxState<T> b) {
+RLKERN_INLINE SoftmaxState<T> softmax_merge(SoftmaxState<T> a, SoftmaxState<T> b, T scale = T(1)) {
   const T max = a.max > b.max ? a.max : b.max;
-  a = softmax_rebase(a, max);
-  b = softmax_rebase(b, max);
+  a = softmax_rebase(a, max, scale);
+  b = softmax_rebase(b, max, scale);
   return {max, a.sum + b.sum, a.weighted + b.weighted};
 }
 

@@ -3,30 +3,16 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-#include <array>
 #include <cstdint>
 #include <optional>
 
 #include "checks.h"
+#include "token_grid.h"
 
 namespace rlkern {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Leading dimensions as [outer, inner], each with a stride: enough for [V], [N, V] and a sliced
-// [B, T, V], read in place.
-struct TokenGrid {
-  int64_t outer = 1;
-  int64_t inner = 1;
-  int64_t outer_stride = 0;
-  int64_t inner_stride = 0;
-
-  int64_t size() const { return outer * inner; }
-  int64_t offset(int64_t token) const {
-    return token / inner * outer_stride + token % inner * inner_stride;
-  }
-};
 
 // The grid of the first `dims` dimensions of a tensor.
 inline TokenGrid token_grid(const Tensor& tensor, int64_t dims, const char* name) {
@@ -43,14 +29,14 @@ inline TokenGrid token_grid(const Tensor& tensor, int64_t dims, const char* name
   return grid;
 }
 
-// One value of type T per token, in the shape of the logits without their last dimension.
+// A TokenSpan over a tensor in the shape of the logits without their last dimension.
 template <typename T>
-class TokenView {
+class TokenView : public TokenSpan<T> {
  public:
   TokenView() = default;
-  TokenView(const Tensor& tensor, const Tensor& logits, ScalarType dtype, const char* name)
-      : grid_(token_grid(tensor, tensor.dim(), name)),
-        data_(static_cast<T*>(tensor.data_ptr())) {
+  TokenView(const Tensor& tensor, const Tensor& logits, ScalarType dtype, const char* name) {
+    this->grid = token_grid(tensor, tensor.dim(), name);
+    this->data = static_cast<T*>(tensor.data_ptr());
     check(tensor.scalar_type() == dtype, name, ": unexpected dtype");
     check(tensor.dim() == logits.dim() - 1, name, ": expected ", logits.dim() - 1,
           " dimensions (the logits' without the vocabulary), got ", tensor.dim());
@@ -58,18 +44,14 @@ class TokenView {
       check(tensor.size(d) == logits.size(d), name, ": expected size ", logits.size(d),
             " at dimension ", d, ", got ", tensor.size(d));
     }
+    check(tensor.get_device_index() == logits.get_device_index() &&
+              tensor.is_cuda() == logits.is_cuda(),
+          name, ": expected the logits' device");
   }
   TokenView(const std::optional<Tensor>& tensor, const Tensor& logits, ScalarType dtype,
             const char* name) {
     if (tensor.has_value()) *this = TokenView(*tensor, logits, dtype, name);
   }
-
-  explicit operator bool() const { return data_ != nullptr; }
-  T& operator[](int64_t token) const { return data_[grid_.offset(token)]; }
-
- private:
-  TokenGrid grid_;
-  T* data_ = nullptr;
 };
 
 }  // namespace rlkern

@@ -1,0 +1,11 @@
+// CUDA implementations of the operators that rlkern/_schema.py defines.
+
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/token_logprobs.h"
+
+STABLE_TORCH_LIBRARY_IMPL(rlkern, CUDA, m) {
+  m.impl("token_logprobs", TORCH_BOX(&rlkern::token_logprobs_cuda));
+  m.impl("token_logprobs_bwd", TORCH_BOX(&rlkern::token_logprobs_bwd_cuda));
+  m.impl("token_logprobs_bwd_", TORCH_BOX(&rlkern::token_logprobs_bwd_inplace_cuda));
+}
