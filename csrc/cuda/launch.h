@@ -31,14 +31,4 @@ inline void check_launch(const char* kernel) {
   check(error == cudaSuccess, kernel, ": ", cudaGetErrorString(error));
 }
 
-// Launches over `items` blocks, in several grids where one may not be so large: calls
-// launch(blocks, first item).
-template <typename Launch>
-void for_grids(int64_t items, int64_t max_blocks, const Launch& launch) {
-  for (int64_t first = 0; first < items; first += max_blocks) {
-    const int64_t blocks = items - first < max_blocks ? items - first : max_blocks;
-    launch(static_cast<unsigned>(blocks), first);
-  }
-}
-
 }  // namespace rlkern

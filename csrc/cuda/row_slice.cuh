@@ -6,38 +6,9 @@
 #pragma once
 
 #include "logit_types.cuh"
+#include "row_plan.h"
 
 namespace rlkern {
-
-// With at most 64 registers a thread, two blocks of 512 fit on a multiprocessor: 1024 threads with
-// four 16-byte loads each are 64 KiB in flight. An H200 asks for 29 KiB to keep 4.8 TB/s busy over
-// 132 multiprocessors at an assumed latency of 0.8 us.
-constexpr int kMaxThreads = 512;
-constexpr int kBlocksPerMultiprocessor = 2;
-constexpr int kUnroll = 4;
-// 64 KiB. Shorter slices would pay more for starting blocks, longer ones leave multiprocessors idle
-// when there are few rows.
-constexpr int64_t kSliceVectors = 4096;
-// The grid's limit; more work is launched in several grids.
-constexpr int64_t kMaxBlocks = 2147483647;
-
-struct RowPlan {
-  int64_t slices;
-  int64_t vectors_per_slice;
-  int threads;
-};
-
-inline RowPlan plan_rows(int64_t vocab, int lanes) {
-  const int64_t vectors = (vocab + lanes - 1) / lanes;
-  RowPlan plan;
-  plan.slices = (vectors + kSliceVectors - 1) / kSliceVectors;
-  plan.vectors_per_slice = (vectors + plan.slices - 1) / plan.slices;
-  plan.threads = 32;
-  while (plan.threads < kMaxThreads && plan.threads * kUnroll < plan.vectors_per_slice) {
-    plan.threads *= 2;
-  }
-  return plan;
-}
 
 struct SliceIndex {
   int64_t row;

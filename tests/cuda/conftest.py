@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import emulated_kernels  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def emulated() -> emulated_kernels.Emulated:
+    """The CUDA kernels, run on the CPU."""
+    if reason := emulated_kernels.why_not():
+        pytest.skip(reason)
+    return emulated_kernels.Emulated(emulated_kernels.build())

@@ -1,0 +1,166 @@
+// The kernels of csrc/cuda as a Python module that runs them on a CPU (shim.h). Launches as
+// token_logprobs.cu does, with the grid limit as an argument; tensors come as addresses and
+// strides.
+
+#include "shim.h"
+// The shim stands in for CUDA, so it comes first.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+
+#include "cuda/token_logprobs.cuh"
+
+namespace py = pybind11;
+using namespace rlkern;
+
+namespace {
+
+using Span = std::tuple<uintptr_t, int64_t, int64_t>;  // address, outer stride, inner stride
+
+struct Logits {
+  std::string dtype;
+  Span x;
+  int64_t outer, inner, vocab;
+  Span ids, mask, temperature;
+  double number, softcap;
+  int64_t max_blocks;
+};
+
+TokenGrid grid(const Logits& logits, const Span& span) {
+  return {logits.outer, logits.inner, std::get<1>(span), std::get<2>(span)};
+}
+
+template <typename T>
+TokenSpan<T> token_span(const Logits& logits, const Span& span) {
+  return {grid(logits, span), reinterpret_cast<T*>(std::get<0>(span))};
+}
+
+template <typename Type>
+LogitRows<Type> logit_rows(const Logits& logits) {
+  using Scalar = typename Type::Scalar;
+  return {reinterpret_cast<const Scalar*>(std::get<0>(logits.x)),
+          grid(logits, logits.x),
+          logits.vocab,
+          token_span<const int64_t>(logits, logits.ids),
+          token_span<const bool>(logits, logits.mask),
+          token_span<const float>(logits, logits.temperature),
+          static_cast<float>(1.0 / logits.number),
+          static_cast<float>(logits.softcap)};
+}
+
+template <typename Run>
+void with_type(const std::string& dtype, const Run& run) {
+  if (dtype == "float32") run(Float32{});
+  if (dtype == "float16") run(Float16{});
+  if (dtype == "bfloat16") run(BFloat16{});
+}
+
+template <typename Type, bool kCapped, bool kEntropy>
+void launch_forward(const ForwardArgs<Type>& args, const RowPlan& plan, int64_t max_blocks) {
+  for_grids(args.rows.grid.size() * plan.slices, max_blocks, [&](unsigned blocks, int64_t first) {
+    shim_launch(blocks, plan.threads,
+                [&] { token_logprobs_forward<Type, kCapped, kEntropy>(args, first); });
+  });
+}
+
+template <typename Type, bool kCapped, bool kSloped>
+void launch_backward(const BackwardArgs<Type>& args, const RowPlan& plan, int64_t max_blocks) {
+  for_grids(args.rows.grid.size() * plan.slices, max_blocks, [&](unsigned blocks, int64_t first) {
+    shim_launch(blocks, plan.threads,
+                [&] { token_logprobs_backward<Type, kCapped, kSloped>(args, first); });
+  });
+}
+
+void forward(const Logits& logits, uintptr_t logprobs, uintptr_t entropy, uintptr_t state,
+             uintptr_t parts) {
+  py::gil_scoped_release release;
+  with_type(logits.dtype, [&](auto type) {
+    using Type = decltype(type);
+    const RowPlan plan = plan_rows(logits.vocab, Type::kLanes);
+    const ForwardArgs<Type> args{logit_rows<Type>(logits),
+                                 plan.slices,
+                                 plan.vectors_per_slice,
+                                 reinterpret_cast<float*>(logprobs),
+                                 reinterpret_cast<float*>(entropy),
+                                 reinterpret_cast<float*>(state),
+                                 reinterpret_cast<SoftmaxState<float>*>(parts)};
+    if (logits.softcap > 0) {
+      entropy ? launch_forward<Type, true, true>(args, plan, logits.max_blocks)
+              : launch_forward<Type, true, false>(args, plan, logits.max_blocks);
+    } else {
+      entropy ? launch_forward<Type, false, true>(args, plan, logits.max_blocks)
+              : launch_forward<Type, false, false>(args, plan, logits.max_blocks);
+    }
+    if (plan.slices == 1) return;
+    const int64_t rows = args.rows.grid.size();
+    constexpr int kThreads = 64;
+    for_grids((rows + kThreads - 1) / kThreads, logits.max_blocks,
+              [&](unsigned blocks, int64_t first) {
+                shim_launch(blocks, kThreads,
+                            [&] { token_logprobs_merge<Type>(args, first * kThreads, rows); });
+              });
+  });
+}
+
+void backward(const Logits& logits, const Span& grad_logprobs, const Span& grad_entropy,
+              const Span& logprobs, const Span& entropy, uintptr_t state, const Span& grad) {
+  py::gil_scoped_release release;
+  with_type(logits.dtype, [&](auto type) {
+    using Type = decltype(type);
+    const RowPlan plan = plan_rows(logits.vocab, Type::kLanes);
+    const BackwardArgs<Type> args{logit_rows<Type>(logits),
+                                  plan.slices,
+                                  plan.vectors_per_slice,
+                                  token_span<const float>(logits, grad_logprobs),
+                                  token_span<const float>(logits, grad_entropy),
+                                  token_span<const float>(logits, logprobs),
+                                  token_span<const float>(logits, entropy),
+                                  reinterpret_cast<const float*>(state),
+                                  reinterpret_cast<typename Type::Scalar*>(std::get<0>(grad)),
+                                  grid(logits, grad)};
+    const bool sloped = std::get<0>(grad_entropy) != 0;
+    if (logits.softcap > 0) {
+      sloped ? launch_backward<Type, true, true>(args, plan, logits.max_blocks)
+             : launch_backward<Type, true, false>(args, plan, logits.max_blocks);
+    } else {
+      sloped ? launch_backward<Type, false, true>(args, plan, logits.max_blocks)
+             : launch_backward<Type, false, false>(args, plan, logits.max_blocks);
+    }
+  });
+}
+
+// Every value of a 16-bit type there and back, and the rounding of a float.
+template <typename Type>
+uint32_t round_float(float x) {
+  return Type::narrow(x);
+}
+template <typename Type>
+float widen_bits(uint32_t bits) {
+  return Type::widen(static_cast<typename Type::Scalar>(bits));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_emulated, m) {
+  py::class_<Logits>(m, "Logits")
+      .def(py::init([](std::string dtype, Span x, int64_t outer, int64_t inner, int64_t vocab,
+                       Span ids, Span mask, Span temperature, double number, double softcap,
+                       int64_t max_blocks) {
+        return Logits{dtype, x,           outer,  inner,   vocab,     ids,
+                      mask,  temperature, number, softcap, max_blocks};
+      }));
+  m.def("forward", &forward);
+  m.def("backward", &backward);
+  m.def("plan", [](int64_t vocab, int lanes) {
+    const RowPlan plan = plan_rows(vocab, lanes);
+    return std::make_tuple(plan.slices, plan.vectors_per_slice, plan.threads);
+  });
+  m.def("round_bfloat16", &round_float<BFloat16>);
+  m.def("round_float16", &round_float<Float16>);
+  m.def("widen_float16", &widen_bits<Float16>);
+  m.def("softcap", [](float x, float cap) {
+    const Softcap softcap(cap);
+    return std::make_tuple(softcap.value(x), softcap.derivative(softcap.decay(x)));
+  });
+}

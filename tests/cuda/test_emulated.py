@@ -1,0 +1,378 @@
+"""The CUDA kernels' bodies, run on the CPU, against the reference in float64.
+
+Bounds, in units u = 2^-24. An exponential exp(z - max) carries 5 u |z - max| from the rounding of
+1 / temperature, of log2(e), of their product and of the difference, and 4 u of its own; weighted
+by its probability, |z - max| is at most log V. A sum adds one u for each level of its tree, of
+which there are fewer than 24. So log_sum is right to (5 log V + 28) u, the log-probability to that
+and 4 u |logp| more, and the entropy, an expectation over |z - max|, to (1 + log V) times as much.
+A softcap's value is right to 6 u c.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from rlkern.reference import token_logprobs as reference
+
+U = 2.0**-24
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HALF_ULP = {torch.float32: U, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# Below it numbers are subnormal, and rounded to a fixed spacing.
+SMALLEST = {torch.float32: 2.0**-126, torch.bfloat16: 2.0**-126, torch.float16: 2.0**-25}
+
+
+@dataclass
+class Inputs:
+    logits: torch.Tensor
+    ids: torch.Tensor
+    mask: torch.Tensor | None = None
+    token_temperature: torch.Tensor | None = None
+    temperature: float = 1.0
+    softcap: float | None = None
+
+    def args(self):
+        return (
+            self.logits, self.ids, self.mask, self.token_temperature, self.temperature,
+            self.softcap,
+        )  # fmt: skip
+
+    def flat(self):
+        """What the reference takes: float64 rows, and one value per row."""
+        n = self.ids.numel()
+        counts = torch.ones(n, dtype=torch.bool) if self.mask is None else self.mask.reshape(n)
+        temperature = torch.full((n,), self.temperature, dtype=torch.float64)
+        if self.token_temperature is not None:
+            temperature = self.token_temperature.reshape(n).double()
+        rows = self.logits.double().reshape(n, self.logits.shape[-1])
+        return rows, self.ids.reshape(n), counts, temperature, self.softcap
+
+
+def random_inputs(dtype, tokens, vocab, spread=3.0, **options):
+    generator = torch.Generator().manual_seed(vocab * 7 + len(tokens))
+    logits = (torch.randn(*tokens, vocab, generator=generator) * spread).to(dtype)
+    ids = torch.randint(vocab, tokens, generator=generator)
+    # Targets from hopeless to nearly certain.
+    lift = torch.rand(*tokens, 1, generator=generator) * (math.log(vocab) + 10)
+    logits.scatter_add_(-1, ids[..., None], lift.to(dtype))
+    return Inputs(logits, ids, **options)
+
+
+def upstream(tokens, entropy=True):
+    generator = torch.Generator().manual_seed(5)
+    g = torch.randn(tokens, generator=generator)
+    return g, torch.randn(tokens, generator=generator) if entropy else None
+
+
+def sum_bound(inputs):
+    vocab = inputs.logits.shape[-1]
+    lowest = inputs.temperature
+    if inputs.token_temperature is not None:
+        lowest = inputs.token_temperature[inputs.token_temperature > 0].min().item()
+    cap = 12 * (inputs.softcap or 0.0) / lowest
+    return (5 * math.log(vocab) + 28 + cap) * U
+
+
+def close(actual, expected, tolerance):
+    actual, expected = actual.double(), expected.double()
+    assert actual.shape == expected.shape
+    equal = (actual == expected) | (actual.isnan() & expected.isnan())
+    bad = ~(equal | ((actual - expected).abs() <= tolerance))
+    if bad.any():
+        at = bad.nonzero()[0].tolist()
+        raise AssertionError(
+            f"{int(bad.sum())} of {bad.numel()} differ, first at {at}: {actual[tuple(at)]}, "
+            f"expected {expected[tuple(at)]} +- {torch.as_tensor(tolerance).expand_as(bad)[tuple(at)]}"
+        )
+
+
+def check_forward(inputs, results):
+    expected = [r.view(inputs.ids.shape + r.shape[1:]) for r in reference.forward(*inputs.flat())]
+    logprobs, entropy, state = results
+    bound = sum_bound(inputs)
+    size = expected[0].abs()
+    # The relative error of the sum of the others, up to 90 nats below; what is lower counts as 0.
+    relative = 500 * U * size + inputs.logits.shape[-1] * 2.0**-126
+    close(logprobs, expected[0], torch.where(size < 1e-2, relative, bound + 4 * U * size))
+    if entropy.numel() or not inputs.ids.numel():
+        close(entropy, expected[1], bound * (1 + math.log(inputs.logits.shape[-1])))
+    close(state[..., 0], expected[2][..., 0], 6 * U * (inputs.softcap or 0.0))
+    close(state[..., 1], expected[2][..., 1], bound)
+    return expected
+
+
+def check_backward(inputs, g, h, forward_results, gradient):
+    """The gradient, given the log-probabilities and the state that the kernel was given."""
+    n, vocab = inputs.ids.numel(), inputs.logits.shape[-1]
+    rows, ids, counts, temperature, softcap = inputs.flat()
+    logprobs, entropy, state = (
+        r.double().reshape(n, *shape)
+        for r, shape in zip(forward_results, ((), (), (2,)), strict=True)
+    )
+    zero = torch.zeros(n, dtype=torch.float64)
+    g, h = (zero if x is None else x.double().reshape(n) for x in (g, h))
+    expected = reference.backward(
+        g, h, rows, ids, counts, temperature, softcap, logprobs, entropy, state
+    )
+    # Errors of the exponential, of the mean and of the rounding to the logits' type.
+    y, _ = reference.capped(rows, softcap)
+    z, _ = reference.relative(y, temperature)
+    distance = z.nan_to_num().clamp(-1e4, 0).abs()
+    p = torch.exp(-distance - state[:, 1:].nan_to_num())
+    # The target is given whole: its error is that of 1 - p, no larger than that of the others' sum.
+    weight = g.abs()[:, None] + h.abs()[:, None] * (distance + math.log(vocab) + 1)
+    cap = 12 * (softcap or 0.0) / temperature[:, None]
+    relative = (5 * distance + 5 * math.log(vocab) + 60 + cap) * U
+    # Below the normal numbers an exponential is 0.
+    tolerance = (relative * p + 2.0**-126) * weight / temperature[:, None]
+    tolerance += (500 * U + HALF_ULP[gradient.dtype]) * expected.abs() + SMALLEST[gradient.dtype]
+    close(gradient.reshape(n, vocab), expected, tolerance)
+
+
+def check(emulated, inputs, entropy=True, inplace=True):
+    """Forward and both backwards of one set of inputs; returns all results."""
+    results = emulated.forward(*inputs.args(), return_entropy=entropy)
+    check_forward(inputs, results)
+    g, h = upstream(inputs.ids.shape, entropy)
+    if not entropy:
+        results = (results[0], torch.zeros(inputs.ids.shape), results[2])
+    gradient = emulated.backward(g, h, *inputs.args(), *results)
+    check_backward(inputs, g, h, results, gradient)
+    if inplace:
+        over = inputs.logits.clone()
+        args = (over, *inputs.args()[1:])
+        emulated.backward(g, h, *args, *results, out=over)
+        # Equal whatever the bits of a NaN.
+        close(over, gradient, 0.0)
+    return *results, gradient
+
+
+# ---- shapes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [1, 2, 7, 8, 9, 31, 1000, 4099])
+def test_small_vocabularies(emulated, dtype, vocab):
+    check(emulated, random_inputs(dtype, (3,), vocab))
+    check(
+        emulated, random_inputs(dtype, (2, 2), vocab, softcap=5.0, temperature=0.7), entropy=False
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_vocabularies_of_several_slices(emulated, dtype):
+    assert emulated.module.plan(50257, 8)[0] == 2
+    assert emulated.module.plan(151936, 8) == (5, 3799, 512)
+    check(emulated, random_inputs(dtype, (2,), 50257), inplace=False)
+    check(emulated, random_inputs(dtype, (1,), 151936, softcap=30.0), inplace=False)
+
+
+@pytest.mark.parametrize("tokens", [(), (0,), (1,), (3,), (0, 4), (2, 3)])
+def test_leading_shapes(emulated, tokens):
+    check(emulated, random_inputs(torch.bfloat16, tokens, 50))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", range(8))
+def test_every_alignment(emulated, dtype, offset):
+    """A row at any element's address, in a buffer whose other elements are NaN; and the result of
+    an aligned copy, bit by bit, since sums run over the same elements in the same order."""
+    dense = random_inputs(dtype, (2, 2), 1003)
+    stride = 1003 + 8 + offset
+    buffer = torch.full((2 * 2 * stride + offset + 2000,), torch.nan, dtype=dtype)
+    rows = buffer.as_strided((2, 2, 1003), (2 * stride, stride, 1), offset)
+    rows.copy_(dense.logits)
+    inputs = Inputs(rows, dense.ids)
+    *results, gradient = check(emulated, inputs, inplace=False)
+    *same, same_gradient = check(emulated, dense, inplace=False)
+    for a, b in zip((*results, gradient), (*same, same_gradient), strict=True):
+        assert torch.equal(a, b)
+    before = buffer.clone()
+    g, h = upstream((2, 2))
+    emulated.backward(g, h, *inputs.args(), *results, out=rows)
+    assert torch.equal(rows, gradient)
+    rows.copy_(dense.logits)
+    assert torch.equal(buffer.isnan(), before.isnan()), "written outside the rows"
+
+
+def test_sliced_sequences(emulated):
+    """logits[:, :-1] of [B, T + 1, V], where source and gradient are aligned differently."""
+    for vocab in (1001, 1003):
+        whole = random_inputs(torch.bfloat16, (3, 5), vocab)
+        view = Inputs(whole.logits[:, :-1], whole.ids[:, 1:])
+        dense = Inputs(view.logits.contiguous(), view.ids)
+        for a, b in zip(check(emulated, view, inplace=False), check(emulated, dense), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_one_row_for_all(emulated):
+    inputs = random_inputs(torch.float32, (1,), 77)
+    row = Inputs(inputs.logits.expand(4, 77), torch.arange(4))
+    check(emulated, row, inplace=False)
+
+
+def test_several_grids(emulated):
+    """More blocks than one grid may have, with the limit set to two."""
+    inputs = random_inputs(torch.bfloat16, (3,), 33000)
+    results = emulated.forward(*inputs.args())
+    again = emulated.forward(*inputs.args(), max_blocks=2)
+    for a, b in zip(results, again, strict=True):
+        assert torch.equal(a, b)
+    g, h = upstream((3,))
+    gradient = emulated.backward(g, h, *inputs.args(), *results)
+    assert torch.equal(gradient, emulated.backward(g, h, *inputs.args(), *results, max_blocks=3))
+
+
+def test_a_row_does_not_depend_on_the_batch(emulated):
+    for vocab in (131, 33333):
+        inputs = random_inputs(torch.bfloat16, (4,), vocab)
+        *results, gradient = check(emulated, inputs, inplace=False)
+        alone = Inputs(inputs.logits[2:3], inputs.ids[2:3])
+        one = emulated.forward(*alone.args())
+        for a, b in zip(results, one, strict=True):
+            assert torch.equal(a[2:3], b)
+        g, h = upstream((4,))
+        assert torch.equal(gradient[2:3], emulated.backward(g[2:3], h[2:3], *alone.args(), *one))
+
+
+def test_the_same_call_twice_is_the_same(emulated):
+    inputs = random_inputs(torch.float16, (1,), 40000, softcap=20.0)
+    for a, b in zip(check(emulated, inputs), check(emulated, inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+# ---- arguments --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [130, 40000])
+def test_masked_rows_are_not_read(emulated, dtype, vocab):
+    inputs = random_inputs(dtype, (5,), vocab)
+    inputs.mask = torch.tensor([True, False, True, False, True])
+    inputs.token_temperature = torch.tensor([0.5, torch.nan, 1.0, -1.0, 3.0])
+    inputs.logits[1] = torch.nan
+    inputs.logits[3, ::2] = torch.inf
+    inputs.ids[1], inputs.ids[3] = -100, vocab + 7
+    logprobs, entropy, state, gradient = check(emulated, inputs)
+    for result in (logprobs, entropy, state, gradient):
+        assert (result[1] == 0).all() and (result[3] == 0).all()
+
+
+def test_strided_token_arguments(emulated):
+    inputs = random_inputs(torch.float32, (3, 4), 60)
+    inputs.mask = torch.rand(4, 3).gt(0.4).t()
+    inputs.token_temperature = torch.rand(3, 8)[:, ::2] + 0.3
+    inputs.ids = torch.stack([inputs.ids, inputs.ids], -1)[..., 0]
+    check(emulated, inputs)
+
+
+def test_upstream_gradients_are_read_by_stride(emulated):
+    inputs = random_inputs(torch.bfloat16, (2, 3), 40)
+    results = emulated.forward(*inputs.args())
+    g, h = torch.tensor(0.5).expand(2, 3), torch.rand(3, 2).t()
+    gradient = emulated.backward(g, h, *inputs.args(), *results)
+    check_backward(inputs, g, h, results, gradient)
+    only_entropy = emulated.backward(None, h, *inputs.args(), *results)
+    check_backward(inputs, None, h, results, only_entropy)
+
+
+def test_rows_without_upstream_are_zeroed_unread(emulated):
+    inputs = random_inputs(torch.bfloat16, (3,), 300)
+    results = emulated.forward(*inputs.args())
+    # Read, they would show: the forward saw other logits.
+    inputs.logits[1] = torch.nan
+    g = torch.tensor([1.0, 0.0, -2.0])
+    gradient = emulated.backward(g, torch.zeros(3), *inputs.args(), *results)
+    assert (gradient[1] == 0).all() and gradient[0].isfinite().all() and gradient[2].any()
+
+
+@pytest.mark.parametrize(
+    "temperature, vocab",
+    [(0.0, 20), (-1.0, 20), (torch.nan, 20), (torch.inf, 20), (0.0, 40000)],
+)
+def test_a_temperature_that_is_not_positive_gives_nan(emulated, temperature, vocab):
+    inputs = random_inputs(torch.bfloat16, (3,), vocab)
+    inputs.token_temperature = torch.tensor([1.0, temperature, 2.0])
+    logprobs, entropy, state = emulated.forward(*inputs.args())
+    g, h = upstream((3,))
+    gradient = emulated.backward(g, h, *inputs.args(), logprobs, entropy, state)
+    for result in (logprobs, entropy, gradient):
+        assert result[1].isnan().all() and result[::2].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "offence, vocab", [(-1, 20), (20, 20), (-(2**62), 20), (2**62, 20), (-1, 40000), (40000, 40000)]
+)
+def test_an_id_outside_gives_nan_in_its_row(emulated, offence, vocab):
+    inputs = random_inputs(torch.bfloat16, (3,), vocab)
+    inputs.ids[1] = offence
+    *_, gradient = check(emulated, inputs)
+    logprobs = emulated.forward(*inputs.args())[0]
+    assert logprobs[1].isnan() and gradient[1].isnan().all()
+    assert logprobs[::2].isfinite().all() and gradient[::2].isfinite().all()
+
+
+# ---- extreme values ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_margin_of_17_nats(emulated, dtype):
+    """One competitor 17 nats below the answer: -4.1e-8, where z - logsumexp would give 0."""
+    logits = torch.full((3, 1000), -torch.inf, dtype=dtype)
+    logits[:, 3], logits[:, 900] = 25.0, 8.0
+    inputs = Inputs(logits, torch.tensor([3, 900, 3]))
+    logprobs, *_, gradient = check(emulated, inputs)
+    assert logprobs[0].item() == pytest.approx(-math.log1p(math.exp(-17)), rel=1e-5)
+    check(emulated, Inputs(logits, inputs.ids, softcap=1e4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [100, 40000])
+def test_large_logits(emulated, dtype, vocab):
+    inputs = random_inputs(dtype, (4,), vocab)
+    inputs.logits[0] += 1e4
+    inputs.logits[1] -= 1e4
+    inputs.logits[2, ::2] = 1e4
+    inputs.logits[3, 5] = 1e4
+    inputs.ids[3] = 5
+    check(emulated, inputs)
+    if vocab > 100:
+        return  # slices change nothing about what follows
+    check(emulated, Inputs(inputs.logits, inputs.ids, temperature=0.01))
+    check(emulated, Inputs(inputs.logits, inputs.ids, softcap=50.0))
+
+
+@pytest.mark.parametrize("softcap", [None, 10.0])
+@pytest.mark.parametrize("vocab", [24, 40000])
+def test_tokens_that_cannot_be_drawn(emulated, softcap, vocab):
+    inputs = random_inputs(torch.bfloat16, (5,), vocab, softcap=softcap)
+    inputs.logits[0, 1::2] = -torch.inf
+    inputs.logits[1] = -torch.inf  # none can
+    inputs.logits[2, inputs.ids[2]] = -torch.inf  # the chosen one cannot
+    inputs.logits[3] = -torch.inf
+    inputs.logits[3, inputs.ids[3]] = 2.0  # nothing but the chosen one
+    inputs.logits[4] = -torch.inf
+    inputs.logits[4, (inputs.ids[4] + 1) % vocab] = 2.0  # nothing but another
+    logprobs, entropy, _, gradient = check(emulated, inputs)
+    if softcap is None:
+        assert logprobs[1:].tolist() == [-math.inf, -math.inf, 0.0, -math.inf]
+        assert entropy[1] == 0 and (gradient[1] == 0).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["target", "other", "other_beside_minus_infinity"])
+@pytest.mark.parametrize("vocab", [24, 33000])
+def test_a_logit_that_is_no_number_shows(emulated, value, where, vocab):
+    inputs = random_inputs(torch.bfloat16, (3,), vocab)
+    if where == "other_beside_minus_infinity":
+        inputs.logits[1] = -torch.inf
+    at = inputs.ids[1] if where == "target" else (inputs.ids[1] + vocab // 2) % vocab
+    inputs.logits[1, at] = value
+    logprobs, entropy, state = emulated.forward(*inputs.args())
+    g, h = upstream((3,))
+    gradient = emulated.backward(g, h, *inputs.args(), logprobs, entropy, state)
+    for result in (logprobs, entropy, gradient):
+        assert result[1].isnan().all() and result[::2].isfinite().all()
