@@ -1,0 +1,101 @@
+"""Scalar math that the Triton kernels share, accurate where the language's own functions are not.
+
+Triton's language lacks log1p, expm1 and tanh. libdevice has them, but Triton's interpreter cannot
+run libdevice, and a kernel must be the same in both.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+INF = tl.constexpr(float("inf"))
+# The lowest finite float: the maximum of nothing, of which differences may still be taken.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def exp2_parts(t):
+    """2^t for t <= 0 as (scale, fraction) with 2^t = scale * (1 + fraction).
+
+    The polynomial of csrc/cpu/kernels/simd.h, minimax on [-1/2, 1/2] with a relative error of
+    9.2e-8. Below -126.5 the result is exactly 0; NaN gives NaN.
+    """
+    # At least -127.49 after rounding, so the exponent's field stays 0; the comparison keeps NaN.
+    t = tl.where(t < -127.25, -127.25, t)
+    # Adding 1.5 * 2^23 rounds t to an integer in the low bits; 127 more makes it an exponent.
+    shifted = t + 12583039.0
+    f = t - (shifted - 12583039.0)
+    scale = (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+    p = tl.fma(f, 0.0013264727, 0.009671513)
+    p = tl.fma(f, p, 0.055507336)
+    p = tl.fma(f, p, 0.24022242)
+    p = tl.fma(f, p, 0.693147)
+    return scale, f * p
+
+
+@triton.jit
+def exp2m1(t):
+    """2^t - 1 for t <= 0 without cancellation."""
+    scale, fraction = exp2_parts(t)
+    return tl.fma(scale, fraction, scale - 1.0)
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 for x <= 0, relative error below 5e-7 down to the smallest normal result."""
+    return exp2m1(x * LOG2E)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x >= 0, relative error below 5e-7.
+
+    Below 1/2 the series of 2 artanh(s), s = x / (2 + x) <= 1/5, whose first term left out is
+    s^11 / 11, 1e-8 of the sum. Above, 1 + x loses 6e-8 at most, and its logarithm of 0.4 and more
+    is well conditioned.
+    """
+    s = x / (x + 2.0)
+    q = s * s
+    p = tl.fma(q, 1.0 / 9.0, 1.0 / 7.0)
+    p = tl.fma(q, p, 1.0 / 5.0)
+    p = tl.fma(q, p, 1.0 / 3.0)
+    p = tl.fma(q, p, 1.0)
+    return tl.where(x < 0.5, 2.0 * s * p, tl.log(x + 1.0))
+
+
+@triton.jit
+def softcapped(x, softcap):
+    """softcap * tanh(x / softcap), with tanh |u| = (1 - e) / (1 + e), e = exp(-2 |u|)."""
+    minus = exp2m1(tl.abs(x) * tl.div_rn(-2.0 * LOG2E, softcap))
+    magnitude = softcap * (-minus / (minus + 2.0))
+    return tl.where(x < 0, -magnitude, magnitude)
+
+
+@triton.jit
+def softcap_derivative(x, softcap):
+    """1 - tanh^2(x / softcap) = 4 e / (1 + e)^2, which does not cancel either."""
+    scale, fraction = exp2_parts(tl.abs(x) * tl.div_rn(-2.0 * LOG2E, softcap))
+    e = tl.fma(scale, fraction, scale)
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def folded(x, SIZE: tl.constexpr):
+    """The sums of x's elements that are equal modulo SIZE, added pairwise by halves.
+
+    Unlike tl.sum's, the order does not depend on how the compiler spreads x over threads, and so
+    not on the alignment of the memory that x came from.
+    """
+    size: tl.constexpr = x.shape[0]
+    if size == SIZE:
+        return x
+    else:
+        return folded(tl.sum(tl.reshape(x, (2, size // 2)), 0), SIZE)
+
+
+@triton.jit
+def total(x):
+    """The sum of a vector, in the order of `folded`."""
+    return tl.sum(folded(x, 1), 0)
