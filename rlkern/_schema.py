@@ -46,6 +46,4 @@ def operator_name(op: str, backend: str) -> str:
 
 for _op, _schema in SCHEMAS.items():
     for _backend in SUFFIXES:
-        LIBRARY.define(
-            operator_name(_op, _backend) + _schema, tags=(torch.Tag.pt2_compliant_tag,)
-        )
+        LIBRARY.define(operator_name(_op, _backend) + _schema, tags=(torch.Tag.pt2_compliant_tag,))

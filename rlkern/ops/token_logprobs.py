@@ -113,9 +113,10 @@ def token_logprobs(
         rows = rows.contiguous()
     shape = ids.shape
     if logits.dim() > 3:
-        ids, mask, per_token = (
-            None if t is None else t.reshape(rows.shape[:-1]) for t in (ids, mask, per_token)
-        )
+        tokens = rows.shape[:-1]
+        ids = ids.reshape(tokens)
+        mask = None if mask is None else mask.reshape(tokens)
+        per_token = None if per_token is None else per_token.reshape(tokens)
     args = (rows, ids, mask, per_token, number, softcap, return_entropy)
     if inplace and not torch.compiler.is_compiling():
         logprobs, entropy = _InplaceBackward.apply(backend, *args)
@@ -210,8 +211,12 @@ def _register_autograd() -> None:
 # ---- shapes without values --------------------------------------------------------------------
 
 
+def _state_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
 def _fake(logits, token_ids, mask, token_temperature, temperature, softcap, return_entropy):
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = _state_dtype(logits)
     shape = logits.shape[:-1]
     return (
         logits.new_empty(shape, dtype=dtype),
@@ -223,37 +228,28 @@ def _fake(logits, token_ids, mask, token_temperature, temperature, softcap, retu
 # ---- backends in Python -----------------------------------------------------------------------
 
 
-def _flat(logits: Tensor, *per_token: Tensor | None) -> tuple[Tensor | None, ...]:
+def _flat(logits: Tensor, value: Tensor | None, otherwise: Any) -> Tensor:
+    """One value per row of logits [N, V], so that the formulas need no special case."""
     rows = logits.shape[:-1].numel()
-    return tuple(None if t is None else t.reshape(rows) for t in per_token)
-
-
-def _row_values(logits, mask, token_temperature, temperature):
-    """Mask and temperature as one value per row, for formulas that need no special case."""
-    rows = logits.shape[:-1].numel()
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    counts, temperatures = _flat(logits, mask, token_temperature)
-    if counts is None:
-        counts = torch.ones(rows, dtype=torch.bool, device=logits.device)
-    if temperatures is None:
-        temperatures = torch.full((rows,), temperature, dtype=dtype, device=logits.device)
-    return counts, temperatures
+    if value is not None:
+        return value.reshape(rows)
+    dtype = torch.bool if otherwise is True else _state_dtype(logits)
+    return torch.full((rows,), otherwise, dtype=dtype, device=logits.device)
 
 
 def _reference_forward(
     logits, token_ids, mask, token_temperature, temperature, softcap, return_entropy
 ):
-    flat = logits.reshape(-1, logits.shape[-1])
-    counts, temperatures = _row_values(logits, mask, token_temperature, temperature)
     _checks.check_token_values(token_ids, mask, token_temperature, logits.shape[-1])
-    logprobs, entropy, state = reference.forward(
-        flat, token_ids.reshape(-1), counts, temperatures, softcap
-    )
     shape = logits.shape[:-1]
-    if not return_entropy:
-        entropy = entropy.new_empty(0)
-    else:
-        entropy = entropy.view(shape)
+    logprobs, entropy, state = reference.forward(
+        logits.reshape(-1, logits.shape[-1]),
+        token_ids.reshape(-1),
+        _flat(logits, mask, True),
+        _flat(logits, token_temperature, temperature),
+        softcap,
+    )
+    entropy = entropy.view(shape) if return_entropy else entropy.new_empty(0)
     return logprobs.view(shape), entropy, state.view(*shape, 2)
 
 
@@ -261,20 +257,18 @@ def _reference_backward(
     grad_logprobs, grad_entropy, logits, token_ids, mask, token_temperature, temperature, softcap,
     logprobs, entropy, state,
 ):  # fmt: skip
-    counts, temperatures = _row_values(logits, mask, token_temperature, temperature)
-    zero = torch.zeros_like(logprobs)
-    g, h, ids, logp, ent = _flat(
-        logits,
-        zero if grad_logprobs is None else grad_logprobs,
-        zero if grad_entropy is None else grad_entropy,
-        token_ids,
-        logprobs,
-        entropy if entropy.numel() else zero,
-    )
     grad = reference.backward(
-        g, h, logits.reshape(-1, logits.shape[-1]), ids, counts, temperatures, softcap, logp, ent,
+        _flat(logits, grad_logprobs, 0.0),
+        _flat(logits, grad_entropy, 0.0),
+        logits.reshape(-1, logits.shape[-1]),
+        token_ids.reshape(-1),
+        _flat(logits, mask, True),
+        _flat(logits, token_temperature, temperature),
+        softcap,
+        logprobs.reshape(-1),
+        _flat(logits, entropy if entropy.numel() else None, 0.0),
         state.reshape(-1, 2),
-    )  # fmt: skip
+    )
     return grad.view(logits.shape)
 
 

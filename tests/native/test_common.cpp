@@ -27,8 +27,8 @@ std::tuple<T, T, T> merge(std::tuple<T, T, T> a, std::tuple<T, T, T> b) {
 
 template <typename T>
 std::tuple<T, T, T> logprob(std::tuple<T, T, T> others, T target) {
-  const auto r = token_logprob<T>(
-      {std::get<0>(others), std::get<1>(others), std::get<2>(others)}, target);
+  const auto r =
+      token_logprob<T>({std::get<0>(others), std::get<1>(others), std::get<2>(others)}, target);
   return {r.logprob, r.entropy, r.log_sum};
 }
 

@@ -4,7 +4,7 @@ Tolerances. With eps = 2^-23 (fp32): the exponential is good to 2 eps relative p
 argument d = z - max; sums of them add at most 2 eps, since partial sums are short and joined in
 double. So a log-probability is off by at most eps (|logp| + 8), the entropy, whose weights d e^d
 are at most 1/e each, by eps (2 H + 16), and p_j by a factor of 1 + eps (|d| + log V + 8). A softcap
-c adds 4 eps c / temperature to each z. Rounding to the logits' dtype adds half an ulp to a gradient.
+c adds 4 eps c / temperature to each z. Rounding to the logits' dtype adds half an ulp to gradients.
 """
 
 from __future__ import annotations

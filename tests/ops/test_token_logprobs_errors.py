@@ -8,37 +8,153 @@ import torch
 import rlkern
 
 LOGITS, IDS = torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)
+TOO_LARGE = torch.tensor([[0, 0, 0], [0, 0, 5]])
 
 CASES = {
-    "logits is a list": (TypeError, "logits: expected a torch.Tensor, got list", [[1.0]], IDS, {}),
-    "integer logits": (TypeError, "logits: expected float32.*got torch.int64", IDS, IDS, {}),
-    "scalar logits": (ValueError, r"logits: expected shape \[..., V\].*got \[\]", LOGITS.sum(), IDS, {}),
-    "no vocabulary": (ValueError, r"logits: .*at least 1, got \[2, 3, 0\]", LOGITS[..., :0], IDS, {}),
-    "ids of another shape": (ValueError, r"token_ids: expected shape \[2, 3\].*got \[2, 2\]", LOGITS, IDS[:, :2], {}),
-    "float ids": (TypeError, "token_ids: expected int64 or int32, got torch.float32", LOGITS, IDS.float(), {}),
-    "id too large": (ValueError, r"token_ids: expected values in \[0, 5\), got 5 at \[1, 2\]", LOGITS, IDS.index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(5)), {}),
-    "negative id": (ValueError, r"token_ids: expected values in \[0, 5\), got -100 at \[0, 0\]", LOGITS, IDS - 100, {}),
-    "mask of another shape": (ValueError, r"mask: expected shape \[2, 3\].*got \[3\]", LOGITS, IDS, {"mask": torch.ones(3, dtype=torch.bool)}),
-    "float mask": (TypeError, "mask: expected bool or an integer type, got torch.float32", LOGITS, IDS, {"mask": torch.ones(2, 3)}),
-    "zero temperature": (ValueError, "temperature: expected a positive finite number, got 0", LOGITS, IDS, {"temperature": 0.0}),
-    "infinite temperature": (ValueError, "temperature: .*got inf", LOGITS, IDS, {"temperature": float("inf")}),
-    "NaN temperature": (ValueError, "temperature: .*got nan", LOGITS, IDS, {"temperature": float("nan")}),
-    "text for temperature": (TypeError, "temperature: expected a positive number, got str", LOGITS, IDS, {"temperature": "1"}),
-    "negative token temperature": (ValueError, r"temperature: expected positive finite values, got -1.0 at \[0, 0\]", LOGITS, IDS, {"temperature": -torch.ones(2, 3)}),
-    "integer token temperature": (TypeError, "temperature: expected a floating-point tensor, got torch.int64", LOGITS, IDS, {"temperature": IDS + 1}),
-    "temperature of another shape": (ValueError, r"temperature: expected a shape that broadcasts to \[2, 3\].*got \[4\]", LOGITS, IDS, {"temperature": torch.ones(4)}),
-    "temperature with gradient": (ValueError, "temperature: expected a tensor that needs no gradient", LOGITS, IDS, {"temperature": torch.ones(2, 3, requires_grad=True)}),
-    "zero softcap": (ValueError, "softcap: expected a positive finite number, got 0", LOGITS, IDS, {"softcap": 0}),
-    "boolean softcap": (TypeError, "softcap: expected a positive number, got bool", LOGITS, IDS, {"softcap": True}),
-    "ids on another device": (ValueError, "token_ids: expected device cpu.*got meta", LOGITS, IDS.to("meta"), {}),
-    "mask on another device": (ValueError, "mask: expected device cpu.*got meta", LOGITS, IDS, {"mask": IDS.to("meta")}),
-    "unknown option": (TypeError, "reduction", LOGITS, IDS, {"reduction": "mean"}),
-}  # fmt: skip
+    "logits is a list": (
+        TypeError,
+        "logits: expected a torch.Tensor, got list",
+        ([[1.0]], IDS),
+        {},
+    ),
+    "integer logits": (
+        TypeError,
+        "logits: expected float32.*got torch.int64",
+        (IDS, IDS),
+        {},
+    ),
+    "scalar logits": (
+        ValueError,
+        r"logits: expected shape \[..., V\].*got \[\]",
+        (LOGITS.sum(), IDS),
+        {},
+    ),
+    "no vocabulary": (
+        ValueError,
+        r"logits: .*at least 1, got \[2, 3, 0\]",
+        (LOGITS[..., :0], IDS),
+        {},
+    ),
+    "ids of another shape": (
+        ValueError,
+        r"token_ids: expected shape \[2, 3\].*got \[2, 2\]",
+        (LOGITS, IDS[:, :2]),
+        {},
+    ),
+    "float ids": (
+        TypeError,
+        "token_ids: expected int64 or int32, got torch.float32",
+        (LOGITS, IDS.float()),
+        {},
+    ),
+    "id too large": (
+        ValueError,
+        r"token_ids: expected values in \[0, 5\), got 5 at \[1, 2\]",
+        (LOGITS, TOO_LARGE),
+        {},
+    ),
+    "negative id": (
+        ValueError,
+        r"token_ids: expected values in \[0, 5\), got -100 at \[0, 0\]",
+        (LOGITS, IDS - 100),
+        {},
+    ),
+    "mask of another shape": (
+        ValueError,
+        r"mask: expected shape \[2, 3\].*got \[3\]",
+        (LOGITS, IDS),
+        {"mask": torch.ones(3, dtype=torch.bool)},
+    ),
+    "float mask": (
+        TypeError,
+        "mask: expected bool or an integer type, got torch.float32",
+        (LOGITS, IDS),
+        {"mask": torch.ones(2, 3)},
+    ),
+    "zero temperature": (
+        ValueError,
+        "temperature: expected a positive finite number, got 0",
+        (LOGITS, IDS),
+        {"temperature": 0.0},
+    ),
+    "infinite temperature": (
+        ValueError,
+        "temperature: .*got inf",
+        (LOGITS, IDS),
+        {"temperature": float("inf")},
+    ),
+    "NaN temperature": (
+        ValueError,
+        "temperature: .*got nan",
+        (LOGITS, IDS),
+        {"temperature": float("nan")},
+    ),
+    "text for temperature": (
+        TypeError,
+        "temperature: expected a positive number, got str",
+        (LOGITS, IDS),
+        {"temperature": "1"},
+    ),
+    "negative token temperature": (
+        ValueError,
+        r"temperature: expected positive finite values, got -1.0 at \[0, 0\]",
+        (LOGITS, IDS),
+        {"temperature": -torch.ones(2, 3)},
+    ),
+    "integer token temperature": (
+        TypeError,
+        "temperature: expected a floating-point tensor, got torch.int64",
+        (LOGITS, IDS),
+        {"temperature": IDS + 1},
+    ),
+    "temperature of another shape": (
+        ValueError,
+        r"temperature: expected a shape that broadcasts to \[2, 3\].*got \[4\]",
+        (LOGITS, IDS),
+        {"temperature": torch.ones(4)},
+    ),
+    "temperature with gradient": (
+        ValueError,
+        "temperature: expected a tensor that needs no gradient",
+        (LOGITS, IDS),
+        {"temperature": torch.ones(2, 3, requires_grad=True)},
+    ),
+    "zero softcap": (
+        ValueError,
+        "softcap: expected a positive finite number, got 0",
+        (LOGITS, IDS),
+        {"softcap": 0},
+    ),
+    "boolean softcap": (
+        TypeError,
+        "softcap: expected a positive number, got bool",
+        (LOGITS, IDS),
+        {"softcap": True},
+    ),
+    "ids on another device": (
+        ValueError,
+        "token_ids: expected device cpu.*got meta",
+        (LOGITS, IDS.to("meta")),
+        {},
+    ),
+    "mask on another device": (
+        ValueError,
+        "mask: expected device cpu.*got meta",
+        (LOGITS, IDS),
+        {"mask": IDS.to("meta")},
+    ),
+    "unknown option": (
+        TypeError,
+        "reduction",
+        (LOGITS, IDS),
+        {"reduction": "mean"},
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input(backend, name):
-    error, message, logits, ids, options = CASES[name]
+    error, message, (logits, ids), options = CASES[name]
     with pytest.raises(error, match=message):
         rlkern.token_logprobs(logits, ids, **options)
 

@@ -57,7 +57,8 @@ RLKERN_INLINE float reduce_sum(vfloat v) {
   return sum;
 }
 
-// 16-bit values widened, and narrowed where they fit. Left to itself the compiler shuffles for long.
+// 16-bit values widened, and narrowed where they fit. Left to itself the compiler shuffles for
+// long.
 RLKERN_INLINE vuint widen(vhalf h) {
 #if RLKERN_VECTOR_BYTES == 64 && defined(__AVX512F__)
   return (vuint)_mm512_cvtepu16_epi32((__m256i)h);
@@ -112,8 +113,9 @@ RLKERN_INLINE Exp2 exp2_scaled(vfloat d, Exp2Scale scale) {
   const vfloat shifted = e.clamped * scale.k + kMagic;
   const vfloat f = e.clamped * scale.k - (shifted - kMagic);
   e.scale = (vfloat)((vuint)shifted << 23);
-  e.fraction = f * (0.693147f + f * (0.24022242f + f * (0.055507336f + f * (0.009671513f +
-                                                                            f * 0.0013264727f))));
+  e.fraction =
+      f *
+      (0.693147f + f * (0.24022242f + f * (0.055507336f + f * (0.009671513f + f * 0.0013264727f))));
   return e;
 }
 
