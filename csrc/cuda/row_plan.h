@@ -12,8 +12,8 @@ namespace rlkern {
 constexpr int kMaxThreads = 512;
 constexpr int kBlocksPerMultiprocessor = 2;
 constexpr int kUnroll = 4;
-// 64 KiB. Shorter slices would pay more for starting blocks, longer ones leave multiprocessors idle
-// when there are few rows.
+// 64 KiB, two full batches of every thread. Shorter slices would pay more for starting blocks,
+// longer ones leave multiprocessors idle when there are few rows.
 constexpr int64_t kSliceVectors = 4096;
 // The grid's limit; more work is launched in several grids.
 constexpr int64_t kMaxBlocks = 2147483647;
@@ -28,7 +28,8 @@ inline RowPlan plan_rows(int64_t vocab, int lanes) {
   const int64_t vectors = (vocab + lanes - 1) / lanes;
   RowPlan plan;
   plan.slices = (vectors + kSliceVectors - 1) / kSliceVectors;
-  plan.vectors_per_slice = (vectors + plan.slices - 1) / plan.slices;
+  // The last slice is the short one: cut evenly, every slice would end in a partial batch.
+  plan.vectors_per_slice = vectors < kSliceVectors ? vectors : kSliceVectors;
   plan.threads = 32;
   while (plan.threads < kMaxThreads && plan.threads * kUnroll < plan.vectors_per_slice) {
     plan.threads *= 2;

@@ -83,9 +83,10 @@ def close(actual, expected, tolerance):
     bad = ~(equal | ((actual - expected).abs() <= tolerance))
     if bad.any():
         at = bad.nonzero()[0].tolist()
+        allowed = torch.as_tensor(tolerance).expand_as(bad)
         raise AssertionError(
             f"{int(bad.sum())} of {bad.numel()} differ, first at {at}: {actual[tuple(at)]}, "
-            f"expected {expected[tuple(at)]} +- {torch.as_tensor(tolerance).expand_as(bad)[tuple(at)]}"
+            f"expected {expected[tuple(at)]} +- {allowed[tuple(at)]}"
         )
 
 
@@ -165,7 +166,7 @@ def test_small_vocabularies(emulated, dtype, vocab):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_vocabularies_of_several_slices(emulated, dtype):
     assert emulated.module.plan(50257, 8)[0] == 2
-    assert emulated.module.plan(151936, 8) == (5, 3799, 512)
+    assert emulated.module.plan(151936, 8) == (5, 4096, 512)
     check(emulated, random_inputs(dtype, (2,), 50257), inplace=False)
     check(emulated, random_inputs(dtype, (1,), 151936, softcap=30.0), inplace=False)
 

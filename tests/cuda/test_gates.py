@@ -1,0 +1,65 @@
+"""Every CUDA source compiled for every architecture, and held to its budget, without a GPU."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+import pytest
+import toolkit
+from emulated_kernels import ROOT
+
+SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+REGISTERS_OF_A_MULTIPROCESSOR = 65536
+# Kernel -> threads of a block, blocks that must fit on a multiprocessor.
+OCCUPANCY = {
+    "token_logprobs_forward": (512, 2),
+    "token_logprobs_backward": (512, 2),
+    "token_logprobs_merge": (64, 16),
+}
+
+needs_toolkit = pytest.mark.skipif(
+    bool(toolkit.why_not("nvcc", "cuobjdump")), reason=toolkit.why_not("nvcc", "cuobjdump")
+)
+
+
+@needs_toolkit
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
+def test_no_stack_no_spills_and_the_stated_occupancy(source):
+    kernels = toolkit.kernels(source)
+    assert {k.arch for k in kernels} == set(toolkit.ARCHS)
+    for kernel in kernels:
+        name = next((n for n in OCCUPANCY if n in kernel.name), None)
+        assert name, f"{kernel.name}: state its occupancy in OCCUPANCY"
+        threads, blocks = OCCUPANCY[name]
+        limit = REGISTERS_OF_A_MULTIPROCESSOR // (threads * blocks)
+        assert (kernel.stack, kernel.local, kernel.spilled) == (0, 0, 0), kernel
+        assert kernel.registers <= limit, f"{kernel}: at most {limit} let {blocks} blocks in"
+    assert {n for n in OCCUPANCY if any(n in k.name for k in kernels)}
+
+
+@needs_toolkit
+def test_loads_are_16_bytes_wide_and_stand_together():
+    """Four loads in flight before the first use, in the machine code for Hopper."""
+    if reason := toolkit.why_not("nvdisasm"):
+        pytest.skip(reason)
+    cuobjdump = toolkit.tool("cuobjdump")
+    fatbin = toolkit.compiled(ROOT / "csrc/cuda/token_logprobs.cu")
+    sass = subprocess.run(
+        [cuobjdump, "-sass", "-arch", "sm_90a", str(fatbin)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    forwards = 0
+    for function in sass.split("Function : ")[1:]:
+        name, code = function.split("\n", 1)
+        instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?) ?;", code)
+        if "token_logprobs_forward" not in name:
+            continue
+        forwards += 1
+        wide = [i for i, text in enumerate(instructions) if re.search(r"LDG\S*\.128", text)]
+        run = next((i for i in wide if sum(i <= j < i + 8 for j in wide) >= 4), None)
+        assert run is not None, f"{name}: no four 16-byte loads within eight instructions"
+        assert not any("LDL" in text or "STL" in text for text in instructions), name
+    assert forwards == 12  # element types, softcap or not, entropy or not
