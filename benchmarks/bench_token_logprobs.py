@@ -19,7 +19,8 @@ FORWARD = "forward"
 BACKWARD = "forward + backward"
 SHAPE = {"rows": 4, "tokens": 128, "vocab": 151936}
 QUICK_SHAPE = {"rows": 2, "tokens": 16, "vocab": 4096}
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}
+# A bf16 log-probability near -16 is rounded by up to 1/32; eager takes its gradient from that.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 1e-2}
 
 
 def eager(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,8 @@ import pytest
 from benchmarks import machine, report
 from benchmarks.measure import FULL, QUICK, measure
 
-SUMMARIES = pytest.StashKey[dict]()
+#: Summaries, or the error that prevented one, by operator and parameters.
+CASES = pytest.StashKey[dict]()
 
 
 class ReplayClock:
@@ -45,7 +46,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if getattr(config.option, "numprocesses", None):
         raise pytest.UsageError("benchmarks need the machine to themselves: run pytest with -n 0")
-    config.stash[SUMMARIES] = {}
+    config.stash[CASES] = {}
 
 
 def pytest_collection_modifyitems(config, items):
@@ -67,14 +68,26 @@ def contest(request, benchmark, quick):
     """Measures a case, once however many contestants ask, and reports one contestant of it."""
     config = request.config
     reporter = config.pluginmanager.getplugin("terminalreporter")
+    capture = config.pluginmanager.getplugin("capturemanager")
+
+    def say(line):
+        # A case takes minutes; its progress must not wait in pytest's capture.
+        with capture.global_and_fixture_disabled():
+            reporter.write_line(line)
+
+    def summary_of(case, params):
+        cases, name = config.stash[CASES], json.dumps([case.operator, params])
+        if name not in cases:
+            try:
+                cases[name] = measure(case, params, QUICK if quick else FULL, say)
+            except RuntimeError as error:
+                cases[name] = error
+        if isinstance(cases[name], RuntimeError):
+            pytest.fail(str(cases[name]), pytrace=False)
+        return cases[name]
 
     def run(case, params, key):
-        summaries = config.stash[SUMMARIES]
-        name = json.dumps([case.operator, params])
-        if name not in summaries:
-            reporter.ensure_newline()
-            summaries[name] = measure(case, params, QUICK if quick else FULL, reporter.write_line)
-        summary = summaries[name]
+        summary = summary_of(case, params)
         entry = summary["entries"][key]
         ours = entry["name"].startswith("rlkern")
         strict = config.option.check_floors
@@ -99,7 +112,7 @@ def contest(request, benchmark, quick):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    summaries = list(config.stash[SUMMARIES].values())
+    summaries = [s for s in config.stash[CASES].values() if isinstance(s, dict)]
     if not summaries:
         return
     facts = machine.describe()

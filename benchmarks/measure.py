@@ -63,11 +63,12 @@ def measure(
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measures a case and returns its summary, ready for JSON."""
+    busy = os.getloadavg()[0]
     reports = []
     for number in range(plan.processes):
         say(f"{case.operator} {params}: process {number + 1} of {plan.processes}")
         reports.append(run_child(case, params, plan))
-    return summarise(case, params, reports)
+    return summarise(case, params, reports) | {"load_before": busy}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -66,7 +66,7 @@ def render(summary: dict[str, Any], machine: dict[str, Any]) -> str:
         f"## {', '.join([summary['operator'], shape, *words])} ({size / 1e6:.1f} MB)",
         "",
         f"{summary['processes']} processes x {summary['rounds']} rounds, {summary['threads']} "
-        "threads. Ceilings of the machine for these bytes:",
+        f"threads, machine's load before {summary['load_before']:.1f}. Ceilings for these bytes:",
         "",
     ]
     for name, seconds in summary["ceilings"].items():
