@@ -27,7 +27,6 @@ from rlkern.triton._math import (
     log1p,
     softcap_derivative,
     softcapped,
-    total,
 )
 
 # Columns of a row that one program handles: 64 KiB of bf16, enough to hide a program's start.
@@ -91,7 +90,9 @@ def _merged(m, s, w, inv):
     shift = m - top
     factor = tl.exp2(shift * (inv * LOG2E))
     shift = tl.maximum(shift, _least_difference(inv))
-    return top, total(s * factor), total(tl.fma(shift, s, w) * factor)
+    w = tl.fma(shift, s, w) * factor
+    s = s * factor
+    return top, tl.sum(folded(s, 1), 0), tl.sum(folded(w, 1), 0)
 
 
 @triton.jit
