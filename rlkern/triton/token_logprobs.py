@@ -13,6 +13,8 @@ large logits. The target stays out of the state until the end, so that its log-p
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -417,6 +419,7 @@ def forward(
 
 
 def _launch_backward(
+    grad: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     logits: Tensor,
@@ -428,7 +431,6 @@ def _launch_backward(
     logprobs: Tensor,
     entropy: Tensor,
     state: Tensor,
-    grad: Tensor,
 ) -> None:
     rows = _Rows(logits, token_ids, mask, token_temperature)
     if rows.rows == 0:
@@ -450,16 +452,16 @@ def _launch_backward(
 
 
 def backward(
-    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *rest
+    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *rest: Any
 ) -> Tensor:
     """``rlkern::token_logprobs_bwd_triton``."""
     grad = logits.new_empty(logits.shape)
-    _launch_backward(grad_logprobs, grad_entropy, logits, *rest, grad)
+    _launch_backward(grad, grad_logprobs, grad_entropy, logits, *rest)
     return grad
 
 
 def backward_inplace(
-    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *rest
+    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *rest: Any
 ) -> None:
     """``rlkern::token_logprobs_bwd_triton_``: the gradient written over the logits."""
-    _launch_backward(grad_logprobs, grad_entropy, logits, *rest, logits)
+    _launch_backward(logits, grad_logprobs, grad_entropy, logits, *rest)
