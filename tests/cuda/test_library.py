@@ -38,7 +38,7 @@ def test_it_loads_torch_and_the_system_only():
     needed = set(re.findall(r"\(NEEDED\).*\[(.+)\]", output("readelf", "-d", str(LIBRARY))))
     system = {"libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6"}
     system |= {"libpthread.so.0", "libdl.so.2", "librt.so.1", "ld-linux-x86-64.so.2"}
-    # libtorch_cuda by name: torch loads it for itself alone, so its symbols are not found otherwise.
+    # libtorch_cuda by name: torch loads it for itself alone, so nothing else finds it.
     assert needed - system == {"libtorch_cpu.so", "libtorch_cuda.so"}
 
 

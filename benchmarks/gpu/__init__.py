@@ -1,0 +1,1 @@
+"""Benchmarks on an NVIDIA GPU; gpu.sh beside this folder runs them."""

@@ -1,0 +1,180 @@
+"""Measures every registered operator and writes results.json.
+
+A child process measures one contestant after another and reports each as it is done; where it dies
+(an illegal access ends a CUDA process for good) the next child goes on with the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import registry, timing
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("torch", "triton", "trl", "liger-kernel", "flash-attn", "quack-kernels")
+
+
+def key(case: type[registry.GpuCase], contestant: registry.Contestant) -> str:
+    return f"{case.operator}/{contestant.task}/{contestant.name}"
+
+
+def measure(
+    case: registry.GpuCase, contestant: registry.Contestant, seconds: float
+) -> dict[str, Any]:
+    """One contestant: right first, then its memory, launches and time."""
+    try:
+        call = contestant.build()
+        outputs = call(*case.prepare(contestant.task))
+    except Exception as error:  # whatever a peer raises is the reason that it is left out
+        if case.device == "cuda":
+            torch.cuda.synchronize()  # raises where the error ended this process's use of the GPU
+        text = str(error).strip().splitlines() or [""]
+        return {"status": "skipped", "reason": f"{type(error).__name__}: {text[0][:200]}"}
+    errors = case.errors(contestant.task, outputs)
+    del outputs
+    entry: dict[str, Any] = {"errors": {name: value for name, (value, _) in errors.items()}}
+    wrong = [name for name, (value, limit) in errors.items() if not value <= limit]
+    if wrong:
+        # No speed is reported for a wrong result.
+        limits = ", ".join(f"{n} {errors[n][0]:.2g} > {errors[n][1]:.2g}" for n in wrong)
+        return entry | {"status": "wrong", "reason": limits}
+    timer = timing.Timer(case.device)
+
+    def prepare() -> tuple[Any, ...]:
+        return case.prepare(contestant.task)
+
+    taken = timer.samples(call, prepare, seconds)
+    entry |= {
+        "status": "ok",
+        "peak_bytes": timer.peak_bytes(call, prepare()),
+        "launches": timer.launches(call, prepare()),
+        "seconds": median(taken),
+        "lowest": min(taken),
+        "highest": max(taken),
+        "samples": len(taken),
+        "bytes_moved": case.bytes_moved(contestant.task),
+    }
+    return entry
+
+
+def work(device: str, tiny: bool, done: set[str], say: Any) -> None:
+    """The child: measures what is not done yet, and says so line by line."""
+    for case_type in registry.discover():
+        left = [c for c in case_type.contestants if key(case_type, c) not in done]
+        left = [c for c in left if c.dry or not tiny]
+        if not left:
+            continue
+        case = case_type(device, tiny)
+        for contestant in left:
+            name = key(case_type, contestant)
+            say({"begin": name})
+            entry = measure(case, contestant, 0.05 if tiny else 1.5)
+            entry |= {"operator": case_type.operator, "task": contestant.task}
+            entry |= {"name": contestant.name, "shape": case.shape(), "target": contestant.target}
+            say({"key": name, "entry": entry})
+        del case
+        registry.free(device)
+
+
+def describe(device: str) -> dict[str, Any]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    about: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "python": platform.python_version(),
+        "versions": versions,
+        "device": device,
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        about |= {
+            "gpu": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "gpu_memory": properties.total_memory,
+            "cuda": torch.version.cuda,
+        }
+    return about
+
+
+def supervise(out: Path, device: str, tiny: bool, seconds: float) -> dict[str, Any]:
+    """The parent: starts children until all is done or the time is spent."""
+    deadline = time.monotonic() + seconds
+    results: dict[str, Any] = {"about": describe(device), "entries": {}}
+    results["ceilings"] = timing.ceilings(device)
+    registry.free(device)
+    entries = results["entries"]
+    while True:
+        command = [sys.executable, "-m", "benchmarks.gpu.run", "--child", "--device", device]
+        command += ["--tiny"] * tiny
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": path},
+        )  # fmt: skip
+        assert child.stdin is not None and child.stdout is not None
+        child.stdin.write(json.dumps(sorted(entries)) + "\n")
+        child.stdin.close()
+        current = None
+        for line in child.stdout:
+            if not line.startswith("@@"):
+                print(line, end="")
+                continue
+            said = json.loads(line[2:])
+            if "begin" in said:
+                current = said["begin"]
+            else:
+                entries[said["key"]], current = said["entry"], None
+                print(said["key"], said["entry"].get("seconds", said["entry"].get("reason")))
+            (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+            if time.monotonic() > deadline:
+                child.kill()
+        code = child.wait()
+        late = time.monotonic() > deadline
+        if current is not None and not late:
+            operator, task, name = current.split("/", 2)
+            entries[current] = {
+                "status": "skipped", "reason": f"its process ended with {code}",
+                "operator": operator, "task": task, "name": name, "shape": "", "target": None,
+            }  # fmt: skip
+        if late:
+            results["stopped"] = "the time was spent before everything was measured"
+        if late or code == 0 or current is None:
+            break
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="folder that results.json is written into")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--tiny", action="store_true", help="shapes of a dry run")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="time for everything")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        done = set(json.loads(sys.stdin.readline()))
+        work(options.device, options.tiny, done, lambda x: print("@@" + json.dumps(x), flush=True))
+    else:
+        supervise(options.out, options.device, options.tiny, options.seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The table at the end of gpu.sh: per operator and task whether it is correct, fast, or neither."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def verdict(entry: dict[str, Any], copy: float, gpu: bool) -> str:
+    if entry["status"] != "ok":
+        ours = entry["name"].startswith("rlkern")
+        what = "neither" if ours else "wrong" if entry["status"] == "wrong" else "left out"
+        return f"{what}: {entry['reason'][:90]}"
+    share = entry["bytes_moved"] / entry["seconds"] / copy
+    if not gpu or entry["target"] is None:
+        return "correct"
+    if share >= entry["target"]:
+        return f"correct, fast (at least {entry['target']:.0%} of copy)"
+    return f"correct (not fast: {entry['target']:.0%} of copy was promised)"
+
+
+def stages(path: Path) -> list[str]:
+    lines = ["stage       result                     seconds"]
+    for line in path.read_text().splitlines():
+        name, result, seconds = line.split("\t")
+        lines.append(f"{name:<11} {result:<26} {seconds:>7}")
+    return lines
+
+
+def table(results: dict[str, Any]) -> list[str]:
+    about, ceilings = results["about"], results["ceilings"]
+    gpu = about["device"] == "cuda"
+    copy = ceilings["copy_bytes_per_second"]
+    lines = [f"{about.get('gpu', 'no GPU: a dry run, its times mean nothing')}, {about['date']}"]
+    lines.append(
+        f"copy {copy / 1e12:.3f} TB/s, read {ceilings['read_bytes_per_second'] / 1e12:.3f} TB/s, "
+        f"in place {ceilings['in_place_bytes_per_second'] / 1e12:.3f} TB/s, "
+        f"bf16 product {ceilings['bf16_flop_per_second'] / 1e12:.1f} TFLOP/s"
+    )
+    heading = ""
+    for entry in results["entries"].values():
+        title = f"{entry['operator']}, {entry['task']}: {entry['shape']}"
+        if title != heading:
+            lines += ["", title, f"  {'':<18} {'ms':>9} {'of copy':>8} {'launches':>8} {'MiB':>9}"]
+            heading = title
+        mark = verdict(entry, copy, gpu)
+        if entry["status"] != "ok":
+            lines.append(f"  {entry['name']:<18} {mark}")
+            continue
+        share = entry["bytes_moved"] / entry["seconds"] / copy
+        launches = "-" if entry["launches"] is None else entry["launches"]
+        peak = "-" if entry["peak_bytes"] is None else f"{entry['peak_bytes'] / 2**20:.1f}"
+        lines.append(
+            f"  {entry['name']:<18} {entry['seconds'] * 1e3:>9.4f} {share:>8.1%} {launches:>8} "
+            f"{peak:>9}  {mark}"
+        )
+    if "stopped" in results:
+        lines += ["", results["stopped"]]
+    return lines
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    lines = stages(out / "stages.tsv") if (out / "stages.tsv").exists() else []
+    try:
+        lines += ["", *table(json.loads((out / "results.json").read_text()))]
+    except (OSError, ValueError) as error:
+        lines += ["", f"no benchmark results: {error}"]
+    text = "\n".join(lines) + "\n"
+    (out / "summary.txt").write_text(text)
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

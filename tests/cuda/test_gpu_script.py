@@ -1,0 +1,117 @@
+"""gpu.sh in a dry run: its stages, its files and its table, where there is no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from emulated_kernels import ROOT
+
+from rlkern import _native
+
+SCRIPT = ROOT / "benchmarks/gpu.sh"
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("bash") is None, reason="bash was not found"),
+    pytest.mark.skipif(
+        bool(_native.problems["cpu"]), reason="_C, which a dry run times, is absent"
+    ),
+]
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(SCRIPT), *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHON": sys.executable} | environment,
+    )
+
+
+def test_dry_run(tmp_path):
+    done = run(str(tmp_path), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert len(files) <= 8 and {"results.json", "summary.txt", "stages.tsv"} <= set(files), files
+    stages = dict(line.split("\t")[:2] for line in (tmp_path / "stages.tsv").open())
+    wanted = {"build": "skipped: a dry run", "tests": "ok", "sanitizer": "ok", "bench": "ok"}
+    assert stages == wanted, (tmp_path / "bench.log").read_text()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert all(value > 0 for value in results["ceilings"].values())
+    entries = results["entries"]
+    native = {k: e for k, e in entries.items() if k.endswith("rlkern native")}
+    assert len(native) == 4 and all(e["status"] == "ok" for e in native.values()), native
+    for entry in entries.values():
+        assert ("seconds" in entry) == (entry["status"] == "ok")
+        assert entry["status"] == "ok" or entry["reason"]
+    table = (tmp_path / "summary.txt").read_text()
+    assert "a dry run" in table and done.stdout.endswith(table)
+    assert "fast" not in table, "nothing is fast where nothing was measured on a GPU"
+
+
+def test_a_stage_that_fails_leaves_the_rest_to_run(tmp_path):
+    """A Python without torch fails every stage, and the script still ends in its table."""
+    shim = tmp_path / "python"
+    shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "$@"\n')
+    shim.chmod(0o755)
+    out = tmp_path / "out"
+    done = run(str(out), "--dry-run", PYTHON=str(shim), PYTHONPATH="")
+    stages = dict(line.split("\t")[:2] for line in (out / "stages.tsv").open())
+    assert done.returncode == 0 and list(stages) == ["build", "tests", "sanitizer", "bench"]
+    assert all(stages[name].startswith("failed") for name in ("tests", "sanitizer", "bench"))
+    assert "no benchmark results" in (out / "summary.txt").read_text()
+
+
+def test_usage(tmp_path):
+    for arguments in ((), ("--dry-run",), (str(tmp_path / "out"), "--wet-run")):
+        done = run(*arguments)
+        assert done.returncode == 2 and "gpu.sh OUT" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_verdicts():
+    from benchmarks.gpu import summary
+
+    entry = {
+        "status": "ok",
+        "name": "rlkern native",
+        "target": 0.9,
+        "bytes_moved": 95,
+        "seconds": 1,
+    }
+    assert summary.verdict(entry, 100.0, True).startswith("correct, fast")
+    assert summary.verdict(entry, 200.0, True).startswith("correct (not fast")
+    wrong = {"status": "wrong", "name": "rlkern native", "reason": "logprob 1 > 0.1"}
+    assert summary.verdict(wrong, 100.0, True) == "neither: logprob 1 > 0.1"
+    absent = {"status": "skipped", "name": "QuACK", "reason": "not installed"}
+    assert summary.verdict(absent, 100.0, True) == "left out: not installed"
+
+
+def test_a_contestant_that_kills_its_process_leaves_the_rest_to_be_measured(tmp_path, monkeypatch):
+    """As an illegal access does on a GPU."""
+    from benchmarks.gpu import run as runner
+
+    case = tmp_path / "benchmarks_gpu_stub.py"
+    case.write_text(
+        "import os, sys\n"
+        "from benchmarks.gpu import registry, run\n"
+        "from benchmarks.gpu.bench_token_logprobs import TokenLogprobs, eager\n"
+        "class Case(TokenLogprobs):\n"
+        "    contestants = (registry.Contestant('forward', 'dies', lambda: os._exit(9)),\n"
+        "                   registry.Contestant('forward', 'lives', lambda: eager))\n"
+        "registry.discover = lambda: [Case]\n"
+        "run.main()\n"
+    )
+    real = subprocess.Popen
+
+    def child(command, **options):
+        return real([command[0], str(case), *command[3:]], **options)
+
+    monkeypatch.setattr(runner.subprocess, "Popen", child)
+    entries = runner.supervise(tmp_path, "cpu", True, 120)["entries"]
+    assert entries["token_logprobs/forward/dies"]["reason"] == "its process ended with 9"
+    assert entries["token_logprobs/forward/lives"]["status"] == "ok"
