@@ -17,6 +17,8 @@ constexpr long long kBlock = 1024;
 // Independent sums hide the latency of an addition, and keep rounding errors apart.
 constexpr int kSums = 4;
 constexpr long long kStep = kSums * kLanes;
+// Elements between what the backward pass works on and what it asks memory for.
+constexpr long long kAhead = 1024;
 static_assert(kBlock % kStep == 0, "a block is a whole number of unrolled steps");
 
 // y = c * tanh(x / c) and its derivative. With e = exp(-2 |u|): tanh |u| = (1 - e) / (1 + e) and
@@ -90,11 +92,21 @@ RLKERN_INLINE float load_block(const typename Type::Scalar* x, long long count, 
   return reduce_max(max_drop_nan(max_drop_nan(best[0], best[1]), max_drop_nan(best[2], best[3])));
 }
 
-template <bool kEntropy>
+// Asks for one step's elements, so that arithmetic hides their way from memory. Past the end of
+// the row these are the next row's, or nothing: a prefetch cannot fault.
+template <typename Scalar>
+RLKERN_INLINE void prefetch_step(const Scalar* x) {
+  for (long long j = 0; j < kStep; j += 64 / static_cast<long long>(sizeof(Scalar))) {
+    __builtin_prefetch(x + j);
+  }
+}
+
+template <bool kEntropy, typename Scalar>
 RLKERN_INLINE void sum_block(const float* values, long long padded, float max, Exp2Scale scale,
-                             SoftmaxState<double>* state) {
+                             const Scalar* next, SoftmaxState<double>* state) {
   vfloat sum[kSums] = {}, weighted[kSums] = {};
   for (long long j = 0; j < padded; j += kStep) {
+    prefetch_step(next + j);
     for (int s = 0; s < kSums; ++s) {
       const Exp2 e = exp2_scaled(FloatType::load(values + j + s * kLanes) - max, scale);
       const vfloat value = e.value();
@@ -135,7 +147,8 @@ void forward_row(const LogitRow& row, RowForward* out) {
     // A maximum of -inf has seen nothing but -inf, of which no difference may be taken, and NaN,
     // which must still reach the sum.
     const float base = max == -kInf ? 0.0f : max;
-    sum_block<kEntropy>(values, (count + kStep - 1) / kStep * kStep, base, scale, &state);
+    sum_block<kEntropy>(values, (count + kStep - 1) / kStep * kStep, base, scale,
+                        x + begin + kBlock, &state);
   }
   out->others = {max * inv_temperature, state.sum, state.weighted * inv_temperature};
   out->target = ((double)target - (double)max) * inv_temperature;
@@ -186,6 +199,7 @@ void backward_row(const LogitRow& row, const RowBackward& grad, void* out) {
   }
   long long j = 0;
   for (; j + kStep <= row.size; j += kStep) {
+    prefetch_step(x + j + kAhead);
     for (int s = 0; s < kSums; ++s) {
       const long long i = j + s * kLanes;
       Type::store(dx + i, gradient(Type::load(x + i)));
