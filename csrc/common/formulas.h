@@ -48,7 +48,8 @@ RLKERN_INLINE TokenGradient<T> token_gradient(T g, T h, T logprob, T entropy, T 
   if (logprob == -inf) g = T(0);
   const T mean = h == T(0) ? T(0) : log_sum - entropy;  // E[z] - max
   const T target = logprob + log_sum;                   // z_y - max
-  T whole = g == T(0) ? T(0) : g * -rl_expm1(logprob);
+  // A row that holds a NaN shows it, whatever is upstream.
+  T whole = g == T(0) && logprob == logprob ? T(0) : g * -rl_expm1(logprob);
   if (h != T(0) && logprob != -inf) whole += h * rl_exp(logprob) * (mean - target);
   return {h * mean - g, -h, whole};
 }

@@ -123,3 +123,7 @@ def test_token_gradient_is_the_derivative(common, values, g, h):
 
 def test_impossible_token_has_no_gradient_whatever_is_upstream(common):
     assert common.f64.token_gradient(math.nan, 0.0, -INF, 0.0, 0.0) == (0.0, 0.0, 0.0)
+
+
+def test_a_nan_row_has_a_nan_gradient_even_with_nothing_upstream(common):
+    assert math.isnan(common.f64.token_gradient(0.0, 0.0, math.nan, math.nan, math.nan)[2])

@@ -194,6 +194,7 @@ def test_what_extreme_logits_give(backend, name):
     logp, entropy, grad = run(logits, ids, torch.ones(1), torch.zeros(1))
     if name in ("NaN", "+inf"):
         assert logp.isnan().all() and entropy.isnan().all() and grad.isnan().all()
+        assert run(logits, ids, torch.zeros(1), torch.zeros(1))[2].isnan().all()
     if name in ("target is -inf", "all -inf"):
         assert logp.item() == -INF and (grad == 0).all()
         assert (entropy.item() == 0) == (name == "all -inf") and entropy.isfinite().all()

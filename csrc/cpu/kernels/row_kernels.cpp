@@ -30,7 +30,7 @@ struct Cap {
       : cap(softcap), scale(softcap > 0 ? 2 * kLog2e / softcap : 1.0f) {}
 
   __attribute__((always_inline)) Exp2 exp_of(vfloat x) const {
-    return exp2_scaled((vfloat)((vuint)x | 0x80000000u), scale);
+    return exp2_scaled<true>((vfloat)((vuint)x | 0x80000000u), scale);
   }
   __attribute__((always_inline)) vfloat value(vfloat x) const {
     const vfloat minus = exp_of(x).minus_one();
