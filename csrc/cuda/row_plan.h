@@ -6,13 +6,14 @@
 
 namespace rlkern {
 
-// With at most 64 registers a thread, two blocks of 512 fit on a multiprocessor: 1024 threads with
+// With at most 64 registers a thread, four blocks of 256 fit on a multiprocessor: 1024 threads with
 // four 16-byte loads each are 64 KiB in flight. An H200 asks for 29 KiB to keep 4.8 TB/s busy over
-// 132 multiprocessors at an assumed latency of 0.8 us.
-constexpr int kMaxThreads = 512;
-constexpr int kBlocksPerMultiprocessor = 2;
+// 132 multiprocessors at an assumed latency of 0.8 us. Four, so that three stay at work while one
+// begins or ends.
+constexpr int kMaxThreads = 256;
+constexpr int kBlocksPerMultiprocessor = 4;
 constexpr int kUnroll = 4;
-// 64 KiB, two full batches of every thread. Shorter slices would pay more for starting blocks,
+// 64 KiB, four full batches of every thread. Shorter slices would pay more for starting blocks,
 // longer ones leave multiprocessors idle when there are few rows.
 constexpr int64_t kSliceVectors = 4096;
 // The grid's limit; more work is launched in several grids.

@@ -120,17 +120,21 @@ struct BackwardArgs {
 template <typename Type>
 RLKERN_DEVICE RowGradient row_gradient(const BackwardArgs<Type>& args, int64_t row,
                                        TokenIndex token) {
-  if (!args.rows.counts(token)) return RowGradient::filled(0);
+  // All loads first: they wait for memory together, and the whole block waits for them.
+  const bool counts = args.rows.counts(token);
   const float max = args.state[2 * row], log_sum = args.state[2 * row + 1];
   const float logprob = args.logprobs[token];
-  if (log_sum != log_sum || logprob != logprob) return RowGradient::filled(__builtin_nanf(""));
   float g = args.grad_logprobs ? args.grad_logprobs[token] : 0.0f;
   const float h = args.grad_entropy ? args.grad_entropy[token] : 0.0f;
+  const float entropy = args.entropy ? args.entropy[token] : 0.0f;
+  const float scale = args.rows.scale(token);
+  const int64_t id = args.rows.ids[token];
+  if (!counts) return RowGradient::filled(0);
+  if (log_sum != log_sum || logprob != logprob) return RowGradient::filled(__builtin_nanf(""));
   if (logprob == kMinusInf) g = 0;
   if ((g == 0 && h == 0) || max == kMinusInf) return RowGradient::filled(0);
-  const float entropy = h == 0 ? 0.0f : args.entropy[token];
-  return RowGradient::computed(token_gradient(g, h, logprob, entropy, log_sum), max, log_sum,
-                               args.rows.scale(token), args.rows.ids[token]);
+  return RowGradient::computed(token_gradient(g, h, logprob, entropy, log_sum), max, log_sum, scale,
+                               id);
 }
 
 // One block per slice of a row. Slices are cut from the first 16-byte boundary of the gradient's

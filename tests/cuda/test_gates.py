@@ -13,8 +13,8 @@ SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 REGISTERS_OF_A_MULTIPROCESSOR = 65536
 # Kernel -> threads of a block, blocks that must fit on a multiprocessor.
 OCCUPANCY = {
-    "token_logprobs_forward": (512, 2),
-    "token_logprobs_backward": (512, 2),
+    "token_logprobs_forward": (256, 4),
+    "token_logprobs_backward": (256, 4),
     "token_logprobs_merge": (64, 16),
 }
 
