@@ -10,19 +10,21 @@ if [[ -d ${1:-} ]]; then
   python="$1/python"
   shift
 fi
-tests=(tests/cuda/test_emulated.py -q -p no:cacheprovider -p no:xdist "$@")
+# -s: a report is printed as the process dies.
+tests=(tests/cuda/test_emulated.py -q -s -p no:cacheprovider -p no:xdist "$@")
 
 run() {
   local sanitizer="$1" library="$2"
   echo "== $sanitizer sanitizer"
-  # Python and torch keep memory until they exit; only what the kernels do is of interest. setarch:
-  # the thread sanitizer of older compilers does not find room under a wide address randomisation.
-  RLKERN_EMULATE_SANITIZE="$sanitizer" LD_PRELOAD="$(g++ -print-file-name="$library")" \
+  # Python and torch keep memory until they exit, and torch's OpenMP threads synchronise unseen by
+  # the sanitizer: only what the kernels do is of interest.
+  OMP_NUM_THREADS=1 RLKERN_EMULATE_SANITIZE="$sanitizer" LD_PRELOAD="$(g++ -print-file-name="$library")" \
     ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1 \
     TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1 \
     "${wrap[@]}" "$python" -m pytest "${tests[@]}"
 }
 
+# The thread sanitizer of older compilers does not find room under a wide address randomisation.
 wrap=()
 if setarch "$(uname -m)" -R true 2>/dev/null; then wrap=(setarch "$(uname -m)" -R); fi
 run address libasan.so
