@@ -22,13 +22,15 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _chosen: str | None = None
-# (operator, device type) -> implemented in a loaded library. Filled once: asking the dispatcher
-# is not something torch.compile can trace.
-_native_kernels: dict[tuple[str, str], bool] = {}
+# Filled once: looking either up at every call would cost more than a small kernel does, and asking
+# the dispatcher is not something torch.compile can trace.
+_native_kernels: dict[tuple[str, str], bool] = {}  # (operator, device type) -> is implemented
+_triton_kernels: dict[str, bool] = {}  # operator -> is written
 
 
 def register(op: str) -> None:
-    """Notes on which devices the loaded libraries implement an operator."""
+    """Notes where the loaded libraries implement an operator, and whether a Triton kernel does."""
+    _triton_kernels[op] = importlib.util.find_spec(f"rlkern.triton.{op}") is not None
     for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
         name = f"rlkern::{operator_name(op, 'native')}"
         has = torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
@@ -82,7 +84,7 @@ def why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
         return f"there are no native kernels for {device}"
     if not _HAS_TRITON:
         return "triton is not installed"
-    if importlib.util.find_spec(f"rlkern.triton.{op}") is None:
+    if not _triton_kernels.get(op):
         return "no Triton kernel is written for it"
     if device == "cuda" or (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return ""
