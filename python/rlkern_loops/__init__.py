@@ -1,0 +1,1 @@
+"""Minimal reinforcement-learning loops for language models, built on rlkern's operators."""

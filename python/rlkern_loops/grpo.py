@@ -1,0 +1,317 @@
+"""GRPO from one file: a small language model learns to add, rewarded by a rule.
+
+    python -m rlkern_loops.grpo [--steps 300 --seed 1 ...]
+
+A randomly initialised model is first shown a few right answers, until it is right now and then;
+from there on it learns from rewards alone. For each prompt it writes a group of completions, and
+each reward is normalised by its group's mean and standard deviation (Shao et al., 2024,
+https://arxiv.org/abs/2402.03300). Log-probabilities and entropy come from rlkern.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from rlkern_loops.log import RunLog, plot_curves
+from rlkern_loops.model import char_tokenizer, tiny_llama
+from rlkern_loops.rollout import Completions, completion_logprobs, sample
+from rlkern_loops.tasks import Addition, Problem
+from rlkern_loops.warmstart import warm_start
+
+
+def option(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """Options of a run; `--help` prints them."""
+
+    output_dir: str = option("runs/grpo", "Folder for metrics.jsonl and curves.png.")
+    seed: int = option(1, "Of the problems' split, the weights and the sampling.")
+    device: str = option("auto", "cpu, cuda, or auto: a GPU if there is one.")
+    threads: int = option(1, "CPU threads; for matrices this small more of them are slower.")
+
+    max_operand: int = option(99, "Operands of the sums run from 0 to this.")
+    hidden_size: int = option(64, "Width of the model.")
+    num_layers: int = option(2, "Layers of the model.")
+    num_heads: int = option(4, "Attention heads.")
+
+    warm_start_accuracy: float = option(0.25, "Validation accuracy that ends the warm start.")
+    warm_start_steps: int = option(1500, "At most this many supervised steps.")
+    warm_start_batch_size: int = option(128, "Demonstrations per supervised step.")
+    warm_start_learning_rate: float = option(3e-3, "Of AdamW in the warm start.")
+
+    steps: int = option(300, "Rounds of sampling and learning.")
+    prompts_per_step: int = option(64, "Prompts per round.")
+    group_size: int = option(8, "Completions per prompt (G), at least 2.")
+    temperature: float = option(1.0, "Of the softmax that completions are drawn from.")
+    epochs: int = option(1, "Passes over a round's completions.")
+    minibatches: int = option(4, "Optimizer steps per pass.")
+    learning_rate: float = option(1e-3, "Of AdamW; falls linearly to a tenth.")
+    max_grad_norm: float = option(1.0, "The gradient's norm is clipped to this.")
+    clip_low: float = option(0.2, "The ratio is clipped at 1 - clip_low.")
+    clip_high: float = option(0.2, "The ratio is clipped at 1 + clip_high.")
+    kl_coef: float = option(0.0, "Weight of the k3 KL to the warm-started model; 0 leaves it out.")
+    entropy_coef: float = option(0.0, "Weight of the entropy bonus.")
+    advantage_eps: float = option(1e-4, "Added to a group's standard deviation.")
+
+    eval_every: int = option(10, "Rounds between greedy evaluations on validation problems.")
+    shuffle_rewards: bool = option(False, "Control: hand out each round's rewards at random.")
+
+    def __post_init__(self) -> None:
+        least = {
+            "threads": 1, "max_operand": 1, "hidden_size": 1, "num_layers": 1, "num_heads": 1,
+            "warm_start_steps": 0, "warm_start_batch_size": 1, "steps": 0, "prompts_per_step": 1,
+            "group_size": 2, "epochs": 1, "minibatches": 1, "eval_every": 1, "kl_coef": 0,
+            "entropy_coef": 0, "advantage_eps": 0, "clip_low": 0, "clip_high": 0,
+        }  # fmt: skip
+        for name, bound in least.items():
+            if not getattr(self, name) >= bound:
+                raise ValueError(f"{name}: expected at least {bound}, got {getattr(self, name)}")
+        for name in ("temperature", "learning_rate", "warm_start_learning_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if not self.clip_low < 1:
+            raise ValueError(f"clip_low: expected an offset below 1, got {self.clip_low}")
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"hidden_size: expected a multiple of 2 * num_heads = {2 * self.num_heads}, "
+                f"got {self.hidden_size}"
+            )
+        completions = self.prompts_per_step * self.group_size
+        if self.minibatches > completions:
+            raise ValueError(
+                f"minibatches: expected at most prompts_per_step * group_size = {completions}, "
+                f"got {self.minibatches}"
+            )
+        if self.device not in ("auto", "cpu") and not self.device.startswith("cuda"):
+            raise ValueError(f"device: expected auto, cpu or cuda, got {self.device!r}")
+
+
+# ---- the algorithm ----------------------------------------------------------------------------
+
+
+def group_advantages(rewards: torch.Tensor, group_size: int, eps: float) -> torch.Tensor:
+    """(r - mean) / (std + eps) within each group, with the unbiased std; [N] -> [N].
+
+    Equal rewards give exactly 0.
+    """
+    groups = rewards.view(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    same = groups == groups[:, :1]
+    advantages = centred / (groups.std(1, keepdim=True) + eps)
+    return advantages.masked_fill(same.all(1, keepdim=True), 0.0).view(-1)
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """sum m x / max(sum m, 1), whatever a masked position holds."""
+    return values.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def grpo_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    ref_logprobs: torch.Tensor | None = None,
+    kl_coef: float = 0.0,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """mean over tokens of -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_coef * KL.
+
+    r = exp(logp - old); KL is k3 = expm1(x) - x with x = ref - logp.
+
+    Args:
+        logprobs: [B, T], with gradient.
+        old_logprobs: [B, T], of the policy that wrote the completions.
+        advantages: [B], one per completion.
+        mask: [B, T] bool, the tokens that count.
+        clip_low: offset of the lower clip from 1.
+        clip_high: offset of the upper clip from 1.
+        ref_logprobs: [B, T], of the frozen reference; needed where kl_coef is not 0.
+        kl_coef: weight of the KL.
+
+    Returns:
+        The loss and its metrics, 0-dimensional.
+    """
+    log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0).clamp(-20, 20)
+    ratio = log_ratio.exp()
+    a = advantages[:, None]
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    policy_loss = masked_mean(-torch.minimum(ratio * a, clipped * a), mask)
+    with torch.no_grad():
+        beyond = ((ratio > 1 + clip_high) & (a > 0)) | ((ratio < 1 - clip_low) & (a < 0))
+        metrics = {
+            "losses/policy_loss": policy_loss.detach(),
+            "losses/approx_kl": masked_mean(torch.expm1(log_ratio) - log_ratio, mask),
+            "losses/clipfrac": masked_mean(beyond.float(), mask),
+        }
+    if kl_coef == 0:
+        return policy_loss, metrics
+    x = (ref_logprobs - logprobs).masked_fill(~mask, 0.0)
+    kl = masked_mean(torch.expm1(x) - x, mask)
+    return policy_loss + kl_coef * kl, metrics | {"losses/kl": kl.detach()}
+
+
+@torch.no_grad()
+def greedy_accuracy(model, tokenizer, task: Addition, problems: list[Problem]) -> float:
+    """The share of problems that the most probable completion solves."""
+    written = sample(
+        model, tokenizer, [p.prompt for p in problems], max_new_tokens=task.max_new_tokens,
+        temperature=0.0,
+    )  # fmt: skip
+    return task.rewards(problems, written, tokenizer).mean().item()
+
+
+def update(
+    model, reference, optimizer, batch: Completions, advantages: torch.Tensor, config: GRPOConfig
+) -> dict[str, float]:
+    """One optimizer step on a mini-batch of completions."""
+    logprobs, entropy = completion_logprobs(model, batch, temperature=config.temperature)
+    ref_logprobs = None
+    if reference is not None:
+        with torch.no_grad():
+            ref_logprobs, _ = completion_logprobs(reference, batch, temperature=config.temperature)
+    loss, metrics = grpo_loss(
+        logprobs, batch.logprobs, advantages, batch.mask,
+        clip_low=config.clip_low, clip_high=config.clip_high,
+        ref_logprobs=ref_logprobs, kl_coef=config.kl_coef,
+    )  # fmt: skip
+    mean_entropy = masked_mean(entropy, batch.mask)
+    loss = loss - config.entropy_coef * mean_entropy
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss.item()}: the last step's weights are kept")
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    optimizer.step()
+    metrics |= {"losses/entropy": mean_entropy.detach(), "losses/grad_norm": norm}
+    return {name: float(value) for name, value in metrics.items()}
+
+
+# ---- the run ----------------------------------------------------------------------------------
+
+
+def train(config: GRPOConfig) -> dict[str, float]:
+    """Runs it all; returns the greedy accuracies on held-out problems and the seconds it took."""
+    started = time.perf_counter()
+    torch.set_num_threads(config.threads)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(config.seed)
+    rng = random.Random(config.seed)
+    generator = torch.Generator(device).manual_seed(config.seed)
+
+    task = Addition(config.max_operand)
+    splits = task.splits(config.seed)
+    tokenizer = char_tokenizer(task.alphabet)
+    model = tiny_llama(
+        tokenizer, hidden_size=config.hidden_size, num_layers=config.num_layers,
+        num_heads=config.num_heads,
+    ).to(device)  # fmt: skip
+    log = RunLog(config.output_dir, config)
+
+    def accuracy(problems: list[Problem]) -> float:
+        return greedy_accuracy(model, tokenizer, task, problems)
+
+    for step, loss in warm_start(model, tokenizer, splits.train, config, rng, device):
+        # Often: once the model can carry, a few steps more would leave nothing to learn.
+        if step % 5 == 0:
+            solved = accuracy(splits.validation)
+            log.write({"phase": "warm start", "step": step, "loss": loss, "eval/accuracy": solved})
+            if solved >= config.warm_start_accuracy:
+                break
+    before = accuracy(splits.held_out)
+    print(f"after the warm start: greedy accuracy {before:.3f} on held-out problems")
+
+    reference = copy.deepcopy(model).requires_grad_(False) if config.kl_coef else None
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    progress = tqdm(range(1, config.steps + 1), desc="GRPO", disable=not sys.stderr.isatty())
+    for step in progress:
+        for group in optimizer.param_groups:
+            # Ten steps of warm-up, while Adam's moments fill; then linearly down to a tenth.
+            group["lr"] = config.learning_rate * min(step / 10, max(0.1, 1 - step / config.steps))
+
+        # Sample G completions of each prompt and judge them.
+        problems = rng.sample(splits.train, min(config.prompts_per_step, len(splits.train)))
+        completions = sample(
+            model, tokenizer, [p.prompt for p in problems], max_new_tokens=task.max_new_tokens,
+            temperature=config.temperature, group_size=config.group_size, generator=generator,
+        )  # fmt: skip
+        asked = [p for p in problems for _ in range(config.group_size)]
+        rewards = task.rewards(asked, completions, tokenizer).to(device)
+        if config.shuffle_rewards:
+            rewards = rewards[torch.randperm(len(rewards), generator=generator, device=device)]
+        advantages = group_advantages(rewards, config.group_size, config.advantage_eps)
+
+        # Learn from them.
+        collected = []
+        for _ in range(config.epochs):
+            order = torch.randperm(len(rewards), generator=generator, device=device)
+            for rows in order.chunk(config.minibatches):
+                collected.append(
+                    update(
+                        model,
+                        reference,
+                        optimizer,
+                        completions.select(rows),
+                        advantages[rows],
+                        config,
+                    )  # fmt: skip
+                )
+        metrics = {name: sum(m[name] for m in collected) / len(collected) for name in collected[0]}
+        spread = rewards.view(-1, config.group_size)
+        metrics |= {
+            "rollout/reward": rewards.mean().item(),
+            "rollout/length": completions.mask.sum(1).float().mean().item(),
+            "rollout/groups_without_signal": (spread == spread[:, :1]).all(1).float().mean().item(),
+        }
+        if step % config.eval_every == 0 or step == config.steps:
+            metrics["eval/accuracy"] = accuracy(splits.validation)
+            tqdm.write(
+                f"step {step:4d}  reward {metrics['rollout/reward']:.3f}  "
+                f"validation accuracy {metrics['eval/accuracy']:.3f}  "
+                f"entropy {metrics['losses/entropy']:.3f}"
+            )
+        log.write({"phase": "grpo", "step": step, **metrics})
+        progress.set_postfix(reward=f"{metrics['rollout/reward']:.3f}")
+
+    after = accuracy(splits.held_out)
+    plot_curves(log.records, Path(config.output_dir) / "curves.png")
+    seconds = time.perf_counter() - started
+    result = {"accuracy_before": before, "accuracy_after": after, "seconds": seconds}
+    log.write({"phase": "result", **result})
+    print(
+        f"greedy accuracy on {len(splits.held_out)} held-out problems: {before:.3f} after the warm "
+        f"start, {after:.3f} after GRPO ({seconds:.0f} s on {device}); curves in {log.folder}"
+    )
+    return result
+
+
+def parse(arguments: list[str] | None = None) -> GRPOConfig:
+    """The options of a command line."""
+    parser = HfArgumentParser(GRPOConfig, prog="python -m rlkern_loops.grpo", allow_abbrev=False)
+    try:
+        (config,) = parser.parse_args_into_dataclasses(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    return config
+
+
+if __name__ == "__main__":
+    train(parse())
