@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bench_toy import TEMPORARY_BYTES, Toy
+from toy_bench import TEMPORARY_BYTES, Toy
 
 from benchmarks import report, worker
 from benchmarks.case import Floor, MemoryLimit
