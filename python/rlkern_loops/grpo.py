@@ -1,6 +1,6 @@
 """GRPO from one file: a small language model learns to add, rewarded by a rule.
 
-    python -m rlkern_loops.grpo [--steps 300 --seed 1 ...]
+    python -m rlkern_loops.grpo [--steps 400 --seed 1 ...]
 
 A randomly initialised model is first shown a few right answers, until it is right now and then;
 from there on it learns from rewards alone. For each prompt it writes a group of completions, and
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from rlkern_loops.log import RunLog, plot_curves
-from rlkern_loops.model import char_tokenizer, tiny_llama
+from rlkern_loops.model import char_tokenizer, tiny_gpt2
 from rlkern_loops.rollout import Completions, completion_logprobs, sample
 from rlkern_loops.tasks import Addition, Problem
 from rlkern_loops.warmstart import warm_start
@@ -49,9 +49,9 @@ class GRPOConfig:
     warm_start_accuracy: float = option(0.25, "Validation accuracy that ends the warm start.")
     warm_start_steps: int = option(1500, "At most this many supervised steps.")
     warm_start_batch_size: int = option(128, "Demonstrations per supervised step.")
-    warm_start_learning_rate: float = option(3e-3, "Of AdamW in the warm start.")
+    warm_start_learning_rate: float = option(2e-3, "Of AdamW in the warm start.")
 
-    steps: int = option(300, "Rounds of sampling and learning.")
+    steps: int = option(400, "Rounds of sampling and learning.")
     prompts_per_step: int = option(64, "Prompts per round.")
     group_size: int = option(8, "Completions per prompt (G), at least 2.")
     temperature: float = option(1.0, "Of the softmax that completions are drawn from.")
@@ -60,7 +60,7 @@ class GRPOConfig:
     learning_rate: float = option(1e-3, "Of AdamW; falls linearly to a tenth.")
     max_grad_norm: float = option(1.0, "The gradient's norm is clipped to this.")
     clip_low: float = option(0.2, "The ratio is clipped at 1 - clip_low.")
-    clip_high: float = option(0.2, "The ratio is clipped at 1 + clip_high.")
+    clip_high: float = option(0.28, "The ratio is clipped at 1 + clip_high.")
     kl_coef: float = option(0.0, "Weight of the k3 KL to the warm-started model; 0 leaves it out.")
     entropy_coef: float = option(0.0, "Weight of the entropy bonus.")
     advantage_eps: float = option(1e-4, "Added to a group's standard deviation.")
@@ -83,9 +83,9 @@ class GRPOConfig:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         if not self.clip_low < 1:
             raise ValueError(f"clip_low: expected an offset below 1, got {self.clip_low}")
-        if self.hidden_size % (2 * self.num_heads):
+        if self.hidden_size % self.num_heads:
             raise ValueError(
-                f"hidden_size: expected a multiple of 2 * num_heads = {2 * self.num_heads}, "
+                f"hidden_size: expected a multiple of num_heads = {self.num_heads}, "
                 f"got {self.hidden_size}"
             )
         completions = self.prompts_per_step * self.group_size
@@ -218,7 +218,7 @@ def train(config: GRPOConfig) -> dict[str, float]:
     task = Addition(config.max_operand)
     splits = task.splits(config.seed)
     tokenizer = char_tokenizer(task.alphabet)
-    model = tiny_llama(
+    model = tiny_gpt2(
         tokenizer, hidden_size=config.hidden_size, num_layers=config.num_layers,
         num_heads=config.num_heads,
     ).to(device)  # fmt: skip
