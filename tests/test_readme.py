@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ RUN_BY = {
     "make train": ".ci/run",
     "make test": ".ci/run",
     "pip install .": "tests/build/test_build.py",
+    "pytest benchmarks/bench_token_logprobs.py": "tests/benchmarks/test_bench_files.py",
     "python -m rlkern.info": "tests/build/test_build.py",
 }
 
@@ -43,7 +45,7 @@ def test_every_command_is_run_somewhere():
     assert sorted(commands) == sorted(RUN_BY)
     for command, file in RUN_BY.items():
         text = (ROOT / file).read_text()
-        words = [word for word in command.split() if word not in ("python", "pip")]
+        words = [Path(word).name for word in command.split() if word not in ("python", "pip")]
         assert all(word in text for word in words), f"{command} is not run by {file}"
 
 
@@ -53,6 +55,30 @@ def test_every_variable_is_read_somewhere():
     text = "".join(path.read_text() for path in sources)
     for name in set(re.findall(r"RLKERN_[A-Z_]+", README)):
         assert name in text, name
+
+
+def test_the_table_says_what_was_measured():
+    (file,) = (ROOT / "benchmarks" / "results").glob("*/token_logprobs.json")
+    cases = {case["params"]["dtype"]: case for case in json.loads(file.read_text())["cases"]}
+    names = {"fp32": "float32", "bf16": "bfloat16"}
+    entries = {"forward": "forward/rlkern"}
+    entries["forward and in-place backward"] = "forward + backward/rlkern in place"
+    rows = re.findall(
+        r"^\| (\w+), ([^|]+) \| ([\d.]+) \| ([\d.]+)[^|]* \| ([\d.]+) \| ([\d.]+) \|$",
+        README,
+        flags=re.MULTILINE,
+    )
+    assert len(rows) == 4
+    for dtype, task, *figures in rows:
+        entry = cases[names[dtype]]["entries"][entries[task]]
+        peers = entry["peers"]
+        measured = (
+            f"{1e3 * entry['seconds']['median']:.1f}",
+            f"{entry['of_ceiling']['median']:.2f}",
+            f"{peers['eager']['median']:.2g}",
+            f"{peers['torch.compile']['median']:.2g}",
+        )
+        assert tuple(figures) == measured, (dtype, task)
 
 
 def test_folders_and_targets_exist():
