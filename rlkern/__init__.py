@@ -5,8 +5,18 @@ from rlkern import _native
 _native.load()
 
 from rlkern._backend import use_backend  # noqa: E402
+from rlkern.losses import LossOutput, PolicyLoss, RolloutCorrection  # noqa: E402
+from rlkern.metrics import Metrics  # noqa: E402
 from rlkern.ops.token_logprobs import TokenLogprobs, token_logprobs  # noqa: E402
 
 __version__ = "0.1.0"
 
-__all__ = ["TokenLogprobs", "token_logprobs", "use_backend"]
+__all__ = [
+    "LossOutput",
+    "Metrics",
+    "PolicyLoss",
+    "RolloutCorrection",
+    "TokenLogprobs",
+    "token_logprobs",
+    "use_backend",
+]

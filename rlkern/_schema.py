@@ -29,10 +29,26 @@ SCHEMAS = {
         f"(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor(a!) logits, {_TOKEN_LOGPROBS}, "
         f"{_TOKEN_LOGPROBS_SAVED}) -> ()"
     ),
+    # -> loss [], metrics [sums, maxima] in float64, the gradients with respect to logprobs and
+    # entropy without the batch's denominators (or [0]), and one over these, [2].
+    "policy_loss": (
+        "(Tensor logprobs, Tensor advantages, Tensor? mask, Tensor? old_logprobs, "
+        "Tensor? ref_logprobs, Tensor? rollout_logprobs, Tensor? entropy, Tensor? token_weights, "
+        "Tensor? entropy_mask, Tensor? offsets, Tensor? normalizer, Tensor? num_sequences, "
+        "Tensor? entropy_normalizer, float[] options, bool grad_logprobs, bool grad_entropy) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "policy_loss_bwd": (
+        "(Tensor grad_loss, Tensor grad_logprobs, Tensor grad_entropy, Tensor scale) "
+        "-> (Tensor, Tensor)"
+    ),
 }
 
 # Backend -> suffix of its operators' names.
 SUFFIXES = {"native": "", "triton": "_triton", "eager": "_reference"}
+
+# Operators whose eager form is the definition itself, differentiated by autograd.
+WITHOUT_REFERENCE = ("policy_loss", "policy_loss_bwd")
 
 LIBRARY = torch.library.Library("rlkern", "DEF")
 
@@ -44,6 +60,11 @@ def operator_name(op: str, backend: str) -> str:
     return f"{op[:-1]}{suffix}_" if op.endswith("_") else f"{op}{suffix}"
 
 
+def backends(op: str) -> tuple[str, ...]:
+    """The backends that have an operator of their own for it."""
+    return tuple(b for b in SUFFIXES if b != "eager" or op not in WITHOUT_REFERENCE)
+
+
 for _op, _schema in SCHEMAS.items():
-    for _backend in SUFFIXES:
+    for _backend in backends(_op):
         LIBRARY.define(operator_name(_op, _backend) + _schema, tags=(torch.Tag.pt2_compliant_tag,))

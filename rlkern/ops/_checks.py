@@ -6,6 +6,8 @@ Values are looked at on the CPU always, on a GPU, where it makes the host wait, 
 
 from __future__ import annotations
 
+import difflib
+import math
 import os
 
 import torch
@@ -71,6 +73,33 @@ def optional_mask(value: object, logits: Tensor) -> Tensor | None:
         raise TypeError(f"mask: expected bool or an integer type, got {mask.dtype}")
     require_like_tokens(mask, "mask", logits)
     return mask if mask.dtype == torch.bool else mask != 0
+
+
+def one_of(value: object, names: tuple[str, ...], name: str) -> None:
+    """`value` is one of some names."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected a str, got {type(value).__name__}")
+    if value not in names:
+        near = difflib.get_close_matches(value, names, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name}: expected one of {', '.join(names)}, got {value!r}{hint}")
+
+
+def number(
+    value: object, name: str, *, above: float | None = None, minimum: float | None = None
+) -> float:
+    """A finite number, above or at least a bound where one is given."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    wanted = "a finite number"
+    if above is not None:
+        wanted += f" above {above:g}"
+    if minimum is not None:
+        wanted += f" of at least {minimum:g}"
+    low = (above is None or value > above) and (minimum is None or value >= minimum)
+    if not math.isfinite(value) or not low:
+        raise ValueError(f"{name}: expected {wanted}, got {value}")
+    return float(value)
 
 
 def positive_number(value: object, name: str) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rlkern._schema import LIBRARY, SUFFIXES, operator_name
+from rlkern._schema import LIBRARY, backends, operator_name
 
 
 def overload(op: str, backend: str) -> Callable[..., Any]:
@@ -22,7 +22,7 @@ def register_python(op: str, backend: str, function: Callable[..., Any]) -> None
 
 def register_fake(op: str, function: Callable[..., Any]) -> None:
     """The shapes and dtypes of an operator's outputs, the same for all its backends."""
-    for backend in SUFFIXES:
+    for backend in backends(op):
         name = f"rlkern::{operator_name(op, backend)}"
         torch.library.register_fake(name, function, lib=LIBRARY)
 
@@ -36,6 +36,6 @@ def forbid_second_derivative(op: str) -> None:
             "only. For a gradient penalty compute this part in eager PyTorch."
         )
 
-    for backend in SUFFIXES:
+    for backend in backends(op):
         name = f"rlkern::{operator_name(op, backend)}"
         torch.library.register_autograd(name, backward, lib=LIBRARY)

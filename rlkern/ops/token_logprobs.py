@@ -193,7 +193,7 @@ class _InplaceBackward(torch.autograd.Function):
 
 
 def _register_autograd() -> None:
-    for backend in _register.SUFFIXES:
+    for backend in _register.backends("token_logprobs"):
 
         def backward(ctx: Any, *grads: Tensor | None, backend: str = backend) -> Any:
             bwd = _register.overload("token_logprobs_bwd", backend)

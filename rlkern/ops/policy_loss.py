@@ -1,0 +1,153 @@
+"""policy_loss: a policy-gradient objective with its gradient and metrics from one pass.
+
+The public front is rlkern.PolicyLoss. Eager PyTorch differentiates the definition by autograd; the
+kernels return the gradient for an upstream of 1, without the batch's denominators, which the
+backward multiplies by: so nothing waits for a count over the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlkern import _backend
+from rlkern.ops import _register
+from rlkern.reference import policy_loss as reference
+from rlkern.reference.aggregation import AGGREGATIONS, Denominators
+from rlkern.reference.kl_penalty import CLAMPS, ESTIMATORS
+
+SURROGATES = ("clip", "cispo", "sapo", "gmpo", "vespo", "dppo_tv", "dppo_kl", "reinforce")
+RATIO_LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
+CORRECTION_LEVELS = ("token", "sequence", "geometric")
+CORRECTION_MODES = ("truncate", "mask")
+#: Of the metrics' vector that the operator returns.
+METRICS = len(reference.SUMS) + len(reference.MAXIMA)
+
+
+def policy_loss(loss: Any, batch: reference.Batch, given: Denominators) -> tuple[Tensor, Tensor]:
+    """The loss and the metrics' vector, float64 and without gradient.
+
+    Args:
+        loss: a PolicyLoss.
+        batch: checked tensors of one dtype, consecutive along a sequence.
+        given: the denominators that the caller gave.
+    """
+    logprobs = batch.logprobs
+    backend = _backend.choose("policy_loss", logprobs.device.type, logprobs.dtype)
+    if backend == "eager":
+        return reference.policy_loss(loss, batch, given)
+    grad = torch.is_grad_enabled()
+    entropy_grad = (
+        grad
+        and loss.entropy_coef != 0
+        and batch.entropy is not None
+        and batch.entropy.requires_grad
+    )
+    tensors = [value if isinstance(value, Tensor) else None for value in given]
+    value, vector, *_ = _register.overload("policy_loss", backend)(
+        *batch, *tensors, options(loss, given), grad and logprobs.requires_grad, entropy_grad
+    )
+    return value, vector
+
+
+def options(loss: Any, given: Denominators) -> list[float]:
+    """The objective as numbers, in the order of csrc/common/policy_options.h.
+
+    Names as their place in their list; a bound that is left out as infinity; a denominator that
+    was not given, or comes as a tensor, as NaN.
+    """
+
+    def bound(value: float | None, otherwise: float = math.inf) -> float:
+        return otherwise if value is None else value
+
+    def or_zero(value: float | None) -> float:
+        return 0.0 if value is None else value
+
+    correction = loss.correction
+    numbers = [
+        SURROGATES.index(loss.surrogate),
+        RATIO_LEVELS.index(loss.ratio_level),
+        bound(loss.clip_low),
+        bound(loss.clip_high),
+        bound(loss.dual_clip),
+        bound(loss.ratio_cap),
+        bound(loss.log_ratio_clamp),
+        loss.kl_coef,
+        ESTIMATORS.index(loss.kl_estimator),
+        0 if loss.kl_clamp is None else 1 + CLAMPS.index(loss.kl_clamp),
+        loss.kl_ratio_weighted,
+        loss.entropy_coef,
+        loss.entropy_aggregation == "same",
+        AGGREGATIONS.index(loss.aggregation),
+        loss.skip_empty,
+        bound(loss.off_policy_threshold),
+        -1 if correction is None else CORRECTION_LEVELS.index(correction.level),
+        0 if correction is None else CORRECTION_MODES.index(correction.mode),
+        -math.inf if correction is None else bound(correction.low, -math.inf),
+        math.inf if correction is None else bound(correction.high),
+        or_zero(loss.sapo_tau_pos),
+        or_zero(loss.sapo_tau_neg),
+        or_zero(loss.vespo_k_pos),
+        or_zero(loss.vespo_lambda_pos),
+        or_zero(loss.vespo_k_neg),
+        or_zero(loss.vespo_lambda_neg),
+    ]
+    numbers += [
+        math.nan if value is None or isinstance(value, Tensor) else value for value in given
+    ]
+    return [float(number) for number in numbers]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, metrics, grad_logprobs, grad_entropy, scale = output
+    ctx.mark_non_differentiable(metrics, grad_logprobs, grad_entropy, scale)
+    ctx.save_for_backward(grad_logprobs, grad_entropy, scale)
+    ctx.inputs = len(inputs)
+    ctx.entropy_at = reference.Batch._fields.index("entropy")
+
+
+def _register_autograd() -> None:
+    for backend in _register.backends("policy_loss"):
+
+        def backward(ctx: Any, *grads: Tensor, backend: str = backend) -> Any:
+            scaled = _register.overload("policy_loss_bwd", backend)
+            grad_logprobs, grad_entropy = scaled(grads[0], *ctx.saved_tensors)
+            result: list[Tensor | None] = [None] * ctx.inputs
+            if ctx.needs_input_grad[0]:
+                result[0] = grad_logprobs
+            if ctx.needs_input_grad[ctx.entropy_at] and grad_entropy.numel():
+                result[ctx.entropy_at] = grad_entropy
+            return tuple(result)
+
+        torch.library.register_autograd(
+            f"rlkern::{_register.operator_name('policy_loss', backend)}",
+            backward,
+            setup_context=_setup_context,
+            lib=_register.LIBRARY,
+        )
+    _register.forbid_second_derivative("policy_loss_bwd")
+
+
+def _fake(logprobs, *rest):
+    grad_logprobs, grad_entropy = rest[-2:]
+    none = (0,)
+    return (
+        logprobs.new_empty(()),
+        logprobs.new_empty((METRICS,), dtype=torch.float64),
+        logprobs.new_empty(logprobs.shape if grad_logprobs else none),
+        logprobs.new_empty(logprobs.shape if grad_entropy else none),
+        logprobs.new_empty((2,)),
+    )
+
+
+def _fake_backward(grad_loss, grad_logprobs, grad_entropy, scale):
+    return torch.empty_like(grad_logprobs), torch.empty_like(grad_entropy)
+
+
+_backend.register("policy_loss")
+_register.register_fake("policy_loss", _fake)
+_register.register_fake("policy_loss_bwd", _fake_backward)
+_register_autograd()
