@@ -36,3 +36,9 @@ RLKERN_INLINE double rl_expm1(double x) { return __builtin_expm1(x); }
 RLKERN_INLINE double rl_log(double x) { return __builtin_log(x); }
 RLKERN_INLINE double rl_log1p(double x) { return __builtin_log1p(x); }
 #endif
+
+// exp(x), and exp(x) - 1 without cancellation.
+RLKERN_INLINE float rl_exp_expm1(float x, float* expm1_x) {
+  *expm1_x = rl_expm1(x);
+  return rl_exp(x);
+}

@@ -23,18 +23,16 @@ bool supported(const std::string& isa) {
   return isa == "portable";
 }
 
-const RowKernels& best() {
-#if defined(__x86_64__)
-  if (supported("avx512")) return rlkern_row_kernels_avx512;
-  if (supported("avx2")) return rlkern_row_kernels_avx2;
-#endif
-  return rlkern_row_kernels_portable;
+enum class Isa { kPortable, kAvx2, kAvx512 };
+
+Isa best() {
+  if (supported("avx512")) return Isa::kAvx512;
+  if (supported("avx2")) return Isa::kAvx2;
+  return Isa::kPortable;
 }
 
-}  // namespace
-
-const RowKernels& row_kernels() {
-  static const RowKernels& automatic = best();
+Isa chosen_isa() {
+  static const Isa automatic = best();
   // Read at every call, so that one process can compare the builds.
   const char* chosen = std::getenv("RLKERN_CPU_ISA");
   if (chosen == nullptr || *chosen == '\0' || std::string(chosen) == "auto") return automatic;
@@ -42,12 +40,31 @@ const RowKernels& row_kernels() {
   check(isa == "avx512" || isa == "avx2" || isa == "portable",
         "RLKERN_CPU_ISA: expected auto, avx512, avx2 or portable, got '", isa, "'");
   check(supported(isa), "RLKERN_CPU_ISA: this machine has no ", isa);
-#if defined(__x86_64__)
-  if (isa == "avx512") return rlkern_row_kernels_avx512;
-  if (isa == "avx2") return rlkern_row_kernels_avx2;
-#endif
-  return rlkern_row_kernels_portable;
+  if (isa == "avx512") return Isa::kAvx512;
+  return isa == "avx2" ? Isa::kAvx2 : Isa::kPortable;
 }
+
+}  // namespace
+
+#if defined(__x86_64__)
+#define RLKERN_PICK(kernels)     \
+  switch (chosen_isa()) {        \
+    case Isa::kAvx512:           \
+      return kernels##_avx512;   \
+    case Isa::kAvx2:             \
+      return kernels##_avx2;     \
+    default:                     \
+      return kernels##_portable; \
+  }
+#else
+#define RLKERN_PICK(kernels) \
+  chosen_isa();              \
+  return kernels##_portable;
+#endif
+
+const RowKernels& row_kernels() { RLKERN_PICK(rlkern_row_kernels) }
+
+const TokenKernels& token_kernels() { RLKERN_PICK(rlkern_token_kernels) }
 
 }  // namespace rlkern
 

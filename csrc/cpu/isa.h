@@ -1,11 +1,13 @@
 // Which build of the leaf kernels runs: the best that the machine has, or RLKERN_CPU_ISA.
 #pragma once
 
+#include "kernels/policy_kernels.h"
 #include "kernels/row_kernels.h"
 
 namespace rlkern {
 
 // Throws where RLKERN_CPU_ISA names an instruction set that is unknown or that the machine lacks.
 const RowKernels& row_kernels();
+const TokenKernels& token_kernels();
 
 }  // namespace rlkern

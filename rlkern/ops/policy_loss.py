@@ -106,7 +106,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(metrics, grad_logprobs, grad_entropy, scale)
     ctx.save_for_backward(grad_logprobs, grad_entropy, scale)
     ctx.inputs = len(inputs)
-    ctx.entropy_at = reference.Batch._fields.index("entropy")
+    ctx.has_gradient = {"logprobs": inputs[-2], "entropy": inputs[-1]}
 
 
 def _register_autograd() -> None:
@@ -116,10 +116,9 @@ def _register_autograd() -> None:
             scaled = _register.overload("policy_loss_bwd", backend)
             grad_logprobs, grad_entropy = scaled(grads[0], *ctx.saved_tensors)
             result: list[Tensor | None] = [None] * ctx.inputs
-            if ctx.needs_input_grad[0]:
-                result[0] = grad_logprobs
-            if ctx.needs_input_grad[ctx.entropy_at] and grad_entropy.numel():
-                result[ctx.entropy_at] = grad_entropy
+            for name, grad in (("logprobs", grad_logprobs), ("entropy", grad_entropy)):
+                if ctx.has_gradient[name]:
+                    result[reference.Batch._fields.index(name)] = grad
             return tuple(result)
 
         torch.library.register_autograd(

@@ -125,6 +125,35 @@ RLKERN_INLINE Exp2 exp2_scaled(vfloat d, Exp2Scale scale) {
   return e;
 }
 
+// e^x for any x, as 2^n (1 + fraction) halved, so that neither part overflows before the whole.
+struct Exp {
+  vfloat half_scale;
+  vfloat fraction;
+
+  vfloat __attribute__((always_inline)) value() const {
+    return 2.0f * (half_scale + half_scale * fraction);
+  }
+  vfloat __attribute__((always_inline)) minus_one() const {
+    return 2.0f * (half_scale * fraction + (half_scale - 0.5f));
+  }
+};
+
+// Relative error of e^x 1.3e-7, of e^x - 1 near 0 the same. Below e^-86.9 the result is 0, from
+// 2^128 on infinity; a NaN stays.
+RLKERN_INLINE Exp exp_parts(vfloat x) {
+  constexpr float kMagic = 12582912.0f + 126.0f;  // see exp2_scaled; one less halves the scale
+  constexpr float kHigh = 1.44269502f, kLow = 1.92596299e-8f;  // log2(e) in two parts
+  x = max_keep_nan(-87.6f, x);
+  x = x > 88.7228394f ? broadcast(88.7228394f) : x;  // 2^128, whose fraction is 0 or more
+  const vfloat shifted = x * kHigh + kMagic;
+  const vfloat f = (x * kHigh - (shifted - kMagic)) + x * kLow;
+  const vfloat high = 0.009618437f + f * (0.0013398875f + f * 0.00015353362f);
+  Exp e;
+  e.half_scale = (vfloat)((vuint)shifted << 23);
+  e.fraction = f * (0.6931472f + f * (0.24022648f + f * (0.055503324f + f * high)));
+  return e;
+}
+
 // ---- loads and stores -----------------------------------------------------------------------
 
 struct FloatType {
@@ -195,3 +224,17 @@ struct HalfType {
 
 }  // namespace
 }  // namespace rlkern
+
+// What csrc/common asks for by name, beside its forms for one float (macros.h).
+RLKERN_INLINE rlkern::vfloat rl_exp(rlkern::vfloat x) { return rlkern::exp_parts(x).value(); }
+RLKERN_INLINE rlkern::vfloat rl_expm1(rlkern::vfloat x) { return rlkern::exp_parts(x).minus_one(); }
+RLKERN_INLINE rlkern::vfloat rl_exp_expm1(rlkern::vfloat x, rlkern::vfloat* expm1_x) {
+  const rlkern::Exp e = rlkern::exp_parts(x);
+  *expm1_x = e.minus_one();
+  return e.value();
+}
+// Lane by lane: no loss that runs often asks for it.
+RLKERN_INLINE rlkern::vfloat rl_log(rlkern::vfloat x) {
+  for (int i = 0; i < rlkern::kLanes; ++i) x[i] = rl_log(x[i]);
+  return x;
+}
