@@ -165,7 +165,8 @@ RLKERN_INLINE SurrogateTerm<T> dppo_term(const PolicyOptions& o, T r, T a, T log
 
 // What a token needs to know of its sequence.
 struct SequenceState {
-  float log_ratio;       // at the sequence levels
+  float ratio;           // at the sequence levels
+  bool ratio_open;       // not held by sequence_token's bound
   float rollout_weight;  // at the sequence levels of the correction
   float phi_pos;         // vespo's weight for A >= 0 and for A < 0
   float phi_neg;
@@ -230,6 +231,13 @@ RLKERN_INLINE GmpoTerm<T> gmpo_term(const PolicyOptions& o, T d, T a) {
   return {clipped, open ? T{} + 1.0f : T{}};
 }
 
+RLKERN_INLINE SequenceState sequence_defaults() { return {1, true, 1, 0, 0, true, 0}; }
+
+RLKERN_INLINE void set_log_ratio(const PolicyOptions& o, float log_ratio, SequenceState* s) {
+  s->ratio_open = o.level != RatioLevel::kSequenceToken || log_ratio <= kSequenceTokenLogBound;
+  s->ratio = rl_exp(s->ratio_open ? log_ratio : kSequenceTokenLogBound);
+}
+
 template <SurrogateKind kSurrogate, typename T>
 RLKERN_INLINE PolicyTerm<T> policy_term(const PolicyOptions& o, const SequenceState& s,
                                         bool has_ref, const PolicyInput<T>& in) {
@@ -246,21 +254,15 @@ RLKERN_INLINE PolicyTerm<T> policy_term(const PolicyOptions& o, const SequenceSt
       out.ratio = exp_d;
       out.ratio_open = one;
       if (bounded) {
-        out.ratio = low ? T{} + rl_exp(-o.log_ratio_clamp) : exp_d;
-        out.ratio = high ? T{} + rl_exp(o.log_ratio_clamp) : out.ratio;
+        out.ratio = low ? T{} + o.least_ratio : exp_d;
+        out.ratio = high ? T{} + o.largest_ratio : out.ratio;
         out.ratio_open = (low | high) ? T{} : one;
       }
       break;
     }
-    case RatioLevel::kSequenceToken: {
-      const bool open = s.log_ratio <= kSequenceTokenLogBound;
-      out.ratio = T{} + rl_exp(open ? s.log_ratio : kSequenceTokenLogBound);
-      out.ratio_open = open ? one : T{};
-      break;
-    }
     default:
-      out.ratio = T{} + rl_exp(s.log_ratio);
-      out.ratio_open = one;
+      out.ratio = T{} + s.ratio;
+      out.ratio_open = s.ratio_open ? one : T{};
   }
 
   SurrogateTerm<T>& p = out.policy;

@@ -37,6 +37,8 @@ struct PolicyOptions {
   float dual_clip;
   float ratio_cap;
   float log_ratio_clamp;
+  float least_ratio;  // exp(-log_ratio_clamp), and its inverse
+  float largest_ratio;
   float kl_coef;
   KlEstimator kl_estimator;
   KlClamp kl_clamp;
@@ -91,6 +93,8 @@ inline PolicyOptions policy_options(const double* v) {
   o.clip_high = number();
   o.dual_clip = number();
   o.ratio_cap = number();
+  o.least_ratio = static_cast<float>(rl_exp(-*v));
+  o.largest_ratio = static_cast<float>(rl_exp(*v));
   o.log_ratio_clamp = number();
   o.kl_coef = number();
   o.kl_estimator = static_cast<KlEstimator>(index());

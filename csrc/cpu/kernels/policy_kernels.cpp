@@ -7,20 +7,21 @@
 
 #include "policy_kernels.h"
 
-#include "../../common/policy_formulas.h"
+// clang-format off: the formulas find the vectors' exp and log by their declarations before them.
 #include "simd.h"
+#include "../../common/policy_formulas.h"
+// clang-format on
 
 namespace rlkern {
 namespace {
 
 constexpr int kChain = 32;
 
-// Sums of N quantities side by side.
+// Sums of N quantities side by side, of which those that a loss does not ask for stay 0.
 template <int N>
 struct Sums {
   double total[N] = {};
   vfloat chain[N] = {};
-  int length = 0;
 
   __attribute__((always_inline)) void flush() {
     for (int i = 0; i < N; ++i) {
@@ -29,14 +30,8 @@ struct Sums {
       total[i] += sum;
       chain[i] = vfloat{};
     }
-    length = 0;
-  }
-  __attribute__((always_inline)) void step() {
-    if (++length == kChain) flush();
   }
 };
-
-typedef unsigned char vbyte __attribute__((vector_size(kLanes)));
 
 RLKERN_INLINE vint lanes_below(long long count) {
   vint lane;
@@ -44,31 +39,36 @@ RLKERN_INLINE vint lanes_below(long long count) {
   return lane < (int)(count < kLanes ? count : kLanes);
 }
 
-// kLanes tokens from `at` on; those beyond the sequence do not count and are not read.
+// kLanes tokens from `at` on; those beyond the sequence, which only its last block has, do not
+// count and are not read.
+template <bool kFull>
 struct Block {
   const PolicySequence& s;
   long long at;
-  bool full;
   vint counts;
 
   __attribute__((always_inline)) Block(const PolicySequence& sequence, long long begin)
-      : s(sequence), at(begin), full(begin + kLanes <= sequence.size) {
-    counts = full ? vint{} - 1 : lanes_below(s.size - at);
+      : s(sequence), at(begin) {
+    counts = kFull ? vint{} - 1 : lanes_below(s.size - at);
     if (s.mask != nullptr) counts &= flags(s.mask);
   }
+  __attribute__((always_inline)) unsigned long long lanes() const {
+    return kFull ? kLanes : s.size - at;
+  }
   __attribute__((always_inline)) vint flags(const unsigned char* p) const {
-    vbyte bytes = {};
-    __builtin_memcpy(&bytes, p + at, full ? kLanes : s.size - at);
-    return __builtin_convertvector(bytes, vint) != 0;
+    unsigned char bytes[kLanes] = {};
+    if (kFull) return widen_bytes(p + at) != 0;
+    __builtin_memcpy(bytes, p + at, lanes());
+    return widen_bytes(bytes) != 0;
   }
   // Zeros where a token does not count, whatever stands there.
   __attribute__((always_inline)) vfloat load(const float* p) const {
     vfloat v = {};
-    __builtin_memcpy(&v, p + at, (full ? kLanes : s.size - at) * sizeof(float));
+    __builtin_memcpy(&v, p + at, lanes() * sizeof(float));
     return counts ? v : vfloat{};
   }
   __attribute__((always_inline)) void store(float* p, vfloat v) const {
-    __builtin_memcpy(p + at, &v, (full ? kLanes : s.size - at) * sizeof(float));
+    __builtin_memcpy(p + at, &v, lanes() * sizeof(float));
   }
   __attribute__((always_inline)) PolicyInput<vfloat> input() const {
     PolicyInput<vfloat> in;
@@ -84,6 +84,22 @@ struct Block {
   }
 };
 
+// Calls `body` with every block of the sequence, and flushes the sums after each chain.
+template <int N, typename Body>
+RLKERN_INLINE void for_blocks(const PolicySequence& s, Sums<N>* sums, Body body) {
+  long long i = 0;
+  while (i + kLanes <= s.size) {
+    const long long chain = i + kChain * kLanes;
+    const long long end = chain < s.size ? chain : s.size;
+    for (; i + kLanes <= end; i += kLanes) body(Block<true>(s, i));
+    sums->flush();
+  }
+  if (i < s.size) {
+    body(Block<false>(s, i));
+    sums->flush();
+  }
+}
+
 long long count_tokens(const PolicySequence& s) {
   if (s.mask == nullptr) return s.size;
   long long count = 0;
@@ -96,15 +112,14 @@ long long count_tokens(const PolicySequence& s) {
 template <SurrogateKind kSurrogate>
 SequenceState sequence_state(const PolicyOptions& o, const PolicySequence& s, double length,
                              double* gmpo_loss) {
-  SequenceState state = {0, 1, 0, 0, true, 0};
+  SequenceState state = sequence_defaults();
   *gmpo_loss = 0;
   if (!o.needs_sums()) return state;
   constexpr bool kGmpo = kSurrogate == SurrogateKind::kGmpo;
   constexpr bool kVespo = kSurrogate == SurrogateKind::kVespo;
   enum { kD, kCorrection, kDrift, kLogWeight, kClipped, kWeight, kAdvantage, kCount };
   Sums<kCount> sums;
-  for (long long i = 0; i < s.size; i += kLanes) {
-    const Block block(s, i);
+  for_blocks(s, &sums, [&](const auto& block) __attribute__((always_inline)) {
     const PolicyInput<vfloat> in = block.input();
     const vfloat d = in.logprob - in.old;
     sums.chain[kD] += kVespo ? clamped(d, -o.log_ratio_clamp, o.log_ratio_clamp) : d;
@@ -124,9 +139,7 @@ SequenceState sequence_state(const PolicyOptions& o, const PolicySequence& s, do
       sums.chain[kWeight] += in.weight;
       sums.chain[kAdvantage] += in.advantage;
     }
-    sums.step();
-  }
-  sums.flush();
+  });
   const double* total = sums.total;
   state.near = !(total[kDrift] / length > o.off_policy_threshold);
   if (o.sequence_correction()) {
@@ -135,9 +148,9 @@ SequenceState sequence_state(const PolicyOptions& o, const PolicySequence& s, do
     state.rollout_weight = rollout_weight_of(o, (float)e);
   }
   if (o.level == RatioLevel::kSequenceSum) {
-    state.log_ratio = (float)total[kD];
+    set_log_ratio(o, (float)total[kD], &state);
   } else if (o.level != RatioLevel::kToken) {
-    state.log_ratio = (float)(total[kD] / length);
+    set_log_ratio(o, (float)(total[kD] / length), &state);
   }
   if (kVespo) {
     const float log_w = (float)(total[kD] + total[kLogWeight]);
@@ -173,6 +186,8 @@ void sequence(const PolicyOptions& o, const PolicySequence& s, PolicyTotals* out
   const float bonus_share = o.entropy_same ? share : 1.0f;
   const bool has_ref = s.ref_logprobs != nullptr;
   const bool coupled = o.coupled();
+  const bool corrected = o.correction != CorrectionLevel::kNone;
+  const bool has_dual = kSurrogate == SurrogateKind::kClip && o.dual_clip < kInf;
 
   enum {
     kLoss,
@@ -195,8 +210,7 @@ void sequence(const PolicyOptions& o, const PolicySequence& s, PolicyTotals* out
   };
   Sums<kCount> sums;
   vfloat ratio_max = vfloat{} - kInf, minus_ratio_min = ratio_max;
-  for (long long i = 0; i < s.size; i += kLanes) {
-    const Block block(s, i);
+  for_blocks(s, &sums, [&](const auto& block) __attribute__((always_inline)) {
     const vint counts = block.counts;
     const PolicyTerm<vfloat> t = policy_term<kSurrogate>(o, state, has_ref, block.input());
     vfloat* sum = sums.chain;
@@ -208,13 +222,15 @@ void sequence(const PolicyOptions& o, const PolicySequence& s, PolicyTotals* out
     sum[kRatioSum] += ratio;
     ratio_max = max_drop_nan(ratio_max, counts ? t.ratio : vfloat{} - kInf);
     minus_ratio_min = max_drop_nan(minus_ratio_min, counts ? -t.ratio : vfloat{} - kInf);
-    if (kSurrogate == SurrogateKind::kClip) sum[kDual] += t.policy.dual;
+    if (has_dual) sum[kDual] += t.policy.dual;
     if (kSurrogate == SurrogateKind::kCispo) sum[kCispo] += t.policy.cispo;
     if (kSurrogate == SurrogateKind::kVespo) sum[kPhi] += counts ? t.phi : vfloat{};
-    const vfloat weight = counts ? t.rollout_weight : vfloat{};
-    sum[kWeight] += weight;
-    if (o.correction != CorrectionLevel::kNone) sum[kSquared] += weight * weight;
-    sum[kKeep] += counts ? t.kept : vfloat{};
+    if (corrected) {
+      const vfloat weight = counts ? t.rollout_weight : vfloat{};
+      sum[kWeight] += weight;
+      sum[kSquared] += weight * weight;
+    }
+    if (o.off_policy()) sum[kKeep] += counts ? t.kept : vfloat{};
     if (has_ref) sum[kKlSum] += t.kl.value;
 
     if (s.grad_logprobs != nullptr) {
@@ -242,19 +258,17 @@ void sequence(const PolicyOptions& o, const PolicySequence& s, PolicyTotals* out
         }
       }
     }
-    sums.step();
-  }
-  sums.flush();
+  });
   const double* sum = sums.total;
 
   if (coupled && s.grad_logprobs != nullptr) {
     const bool mean = o.level == RatioLevel::kSequence;
     const float each = (float)(mean ? sum[kShared] / length : sum[kShared]);
-    for (long long i = 0; i < s.size; i += kLanes) {
-      const Block block(s, i);
+    Sums<1> none;
+    for_blocks(s, &none, [&](const auto& block) __attribute__((always_inline)) {
       const vfloat own = block.load(s.grad_logprobs);
       block.store(s.grad_logprobs, block.counts ? own + each : vfloat{});
-    }
+    });
   }
 
   PolicyTotals& t = *out;
@@ -276,19 +290,17 @@ void sequence(const PolicyOptions& o, const PolicySequence& s, PolicyTotals* out
   t.sum[kClipHigh] += sum[kHigh] * metric_share;
   t.sum[kDualClip] += sum[kDual] * metric_share;
   t.sum[kCispoClip] += sum[kCispo] * metric_share;
-  const float sequence_ratio = rl_exp(state.log_ratio);
-  t.sum[kRatio] += by_sequence ? (double)sequence_ratio : sum[kRatioSum];
-  t.sum[kRolloutWeight] += sum[kWeight];
-  t.sum[kRolloutWeightSquared] +=
-      o.correction == CorrectionLevel::kNone ? sum[kWeight] : sum[kSquared];
-  t.sum[kKept] += sum[kKeep];
+  t.sum[kRatio] += by_sequence ? (double)state.ratio : sum[kRatioSum];
+  t.sum[kRolloutWeight] += corrected ? sum[kWeight] : (double)count;
+  t.sum[kRolloutWeightSquared] += corrected ? sum[kSquared] : (double)count;
+  t.sum[kKept] += o.off_policy() ? sum[kKeep] : (double)count;
   if (kSurrogate == SurrogateKind::kVespo) {
     const bool one_advantage = s.advantages == nullptr;
     t.sum[kVespoPhi] += one_advantage ? sum[kPhi] / length : sum[kPhi];
     t.sum[kVespoUnits] += one_advantage ? 1.0 : (double)count;
   }
-  t.raise(kRatioMax, by_sequence ? sequence_ratio : reduce_max(ratio_max));
-  t.raise(kMinusRatioMin, by_sequence ? -sequence_ratio : reduce_max(minus_ratio_min));
+  t.raise(kRatioMax, by_sequence ? state.ratio : reduce_max(ratio_max));
+  t.raise(kMinusRatioMin, by_sequence ? -state.ratio : reduce_max(minus_ratio_min));
   if (by_sequence || count > 0) {
     const double low = sum[kLow] / length, high = sum[kHigh] / length;
     t.raise(kClipLowMax, low);

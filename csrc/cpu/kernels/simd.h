@@ -69,6 +69,18 @@ RLKERN_INLINE vuint widen(vhalf h) {
 #endif
 }
 
+RLKERN_INLINE vint widen_bytes(const unsigned char* p) {
+#if RLKERN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return (vint)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif RLKERN_VECTOR_BYTES == 32 && defined(__AVX2__)
+  return (vint)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  vint v;
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
 RLKERN_INLINE vhalf narrow(vuint v) {
 #if RLKERN_VECTOR_BYTES == 64 && defined(__AVX512F__)
   return (vhalf)_mm512_cvtepi32_epi16((__m512i)v);
