@@ -90,8 +90,9 @@ def token_logprobs(
         TypeError: an argument of the wrong type or dtype, or a DTensor.
         ValueError: a wrong shape or device; a token id outside the vocabulary or a temperature
             that is not positive (checked on the CPU always, on a GPU with RLKERN_DEBUG=1; else
-            such a row's results are NaN); an in-place backward over a leaf, a view of a leaf, or
-            a tensor whose elements share memory.
+            the row's logprob and gradient are NaN, and with such a temperature its entropy too);
+            an in-place backward over a leaf, a view of a leaf, or a tensor whose elements share
+            memory.
         RuntimeError: a backend was asked for that cannot serve the call; inside torch.compile, a
             token id outside the vocabulary on the CPU.
     """
