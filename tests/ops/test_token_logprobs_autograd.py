@@ -215,7 +215,11 @@ def test_inplace_backward_is_refused_where_it_cannot_be_right(backend):
     refused = {
         "a leaf tensor": leaf,
         "a view of a leaf": leaf.view(2, 3, 70),
-        "an expanded tensor": (leaf * 1)[:1].expand(2, 3, 70),
+        "a tensor .strides .0, 70, 1.. whose elements share": (leaf * 1)[:1].expand(2, 3, 70),
+        "a tensor .strides .80, 5, 1.. whose elements share": torch.as_strided(
+            torch.zeros(160) + leaf.sum(), (2, 3, 70), (80, 5, 1)
+        ),
+        "a tensor whose rows must be copied": (leaf * 1).mT.contiguous().mT,
     }
     for what, logits in refused.items():
         with pytest.raises(ValueError, match=f"inplace_backward=True: .*{what}"):
