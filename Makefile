@@ -13,7 +13,7 @@ PYTEST := $(BIN)/pytest
 # One build for both architectures of tests and training: what changed is compiled again.
 INSTALL := $(BIN)/pip install --quiet --no-build-isolation --editable
 
-.PHONY: train test test-slow bench sanitize lint clean
+.PHONY: train test test-slow test-triton bench sanitize lint clean
 
 train: $(VENV)/.loops
 	$(BIN)/python -m rlkern_loops.grpo $(ARGS)
@@ -24,6 +24,14 @@ test: $(VENV)/.test
 # Whole training runs and installs into fresh environments: half an hour on two cores.
 test-slow: $(VENV)/.test
 	$(PYTEST) -m slow --verbose $(ARGS)
+
+# The Triton tests on another Triton than the environment's, from 3.6 to 3.9: make test-triton
+# TRITON=3.6.0. The interpreter of 3.6 fails under NumPy 2.4.
+TRITON ?= 3.6.0
+test-triton: $(VENV)/.test
+	$(BIN)/pip install --quiet --upgrade --no-deps --target build/triton-$(TRITON) \
+	  triton==$(TRITON) "numpy<2.4"
+	PYTHONPATH=build/triton-$(TRITON) $(PYTEST) tests/triton $(ARGS)
 
 bench: $(VENV)/.test
 	$(PYTEST) benchmarks $(ARGS)
@@ -38,7 +46,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 clean:
 	rm -rf build dist rlkern/*.so rlkern/_build_info.json $(VENV)/.loops $(VENV)/.test

@@ -187,7 +187,7 @@ class BuildLibraries(build_ext):
         return {}
 
     def get_source_files(self) -> list[str]:
-        kinds = ("*.h", "*.cpp", "*.cu")
+        kinds = ("*.h", "*.cpp", "*.cu", "*.cuh")
         return ["CMakeLists.txt"] + [
             str(p.relative_to(ROOT)) for kind in kinds for p in sorted(ROOT.glob(f"csrc/**/{kind}"))
         ]

@@ -15,8 +15,8 @@ dry=0
 [[ ${2:-} == --dry-run ]] && dry=1
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 python="${PYTHON:-python3}"
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-limit=570
+export PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+limit="${GPU_SH_SECONDS:-570}"
 : > "$out/stages.tsv"
 
 # note NAME RESULT SECONDS
@@ -79,16 +79,21 @@ fi
 if ((dry)); then
   stage tests 60 "$python" -m pytest tests/cuda/test_gpu.py -m gpu -q -p no:cacheprovider
 else
+  # Triton's compiler takes most of the time.
+  parallel=()
+  "$python" -c 'import xdist' 2> /dev/null && parallel=(-n 4)
   stage tests 150 "$python" -m pytest tests -m gpu -q -p no:cacheprovider \
-    --continue-on-collection-errors
+    --continue-on-collection-errors ${parallel[@]+"${parallel[@]}"}
 fi
 
 if ((dry)); then
   stage sanitizer 60 "$python" -m benchmarks.gpu.small_cases
 elif command -v compute-sanitizer > /dev/null; then
-  stage sanitizer 70 bash -c 'for tool in memcheck racecheck; do
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 35 compute-sanitizer --tool "$tool" \
-      --error-exitcode 9 "$0" -m benchmarks.gpu.small_cases || exit; done' "$python"
+  # Of our kernels alone: to instrument torch's takes longer than the rest of this script.
+  stage sanitizer 90 bash -c 'for tool in memcheck racecheck; do
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 45 compute-sanitizer --tool "$tool" \
+      --kernel-name kns=rlkern --error-exitcode 9 "$0" -m benchmarks.gpu.small_cases || exit
+    done' "$python"
 else
   skip sanitizer "compute-sanitizer was not found"
 fi

@@ -69,10 +69,22 @@ def trl():
     return lambda logits, ids, *_: selective_log_softmax_and_entropy(logits[None], ids[None])
 
 
-def liger():
+def liger_selective():
     from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
 
-    return lambda logits, ids, *_: fused_selective_log_softmax(logits[None], ids[None])
+    def call(logits, ids, *_):
+        # It leaves out the last row of each sequence: here the spare one behind the logits.
+        whole = logits.as_strided((1, len(logits) + 1, logits.shape[1]), (0, logits.stride(0), 1))
+        return fused_selective_log_softmax(whole, ids[None], temperature=1.0)
+
+    return call
+
+
+def liger_cross_entropy():
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    # Its gradient is written over the logits in the forward pass.
+    return lambda logits, ids, *_: -liger_cross_entropy(logits, ids, reduction="none")
 
 
 def flash_attn():
@@ -112,17 +124,40 @@ PEERS = {
     "eager": lambda: eager,
     "torch.compile": compiled,
     "TRL Triton": trl,
-    "Liger Triton": liger,
     "flash-attn Triton": flash_attn,
     "QuACK": quack,
 }
+# The log-probabilities that its GRPO trainers take carry no gradient; its cross entropy does.
+FORWARD_PEERS = PEERS | {"Liger Triton": liger_selective}
+BOTH_PEERS = PEERS | {"Liger Triton": liger_cross_entropy}
 
 
-def peers(task, wrap):
+def of_peers(task, wrap, peers):
     return tuple(
         Contestant(task, name, wrap(build), dry=name != "torch.compile")
-        for name, build in PEERS.items()
+        for name, build in peers.items()
     )
+
+
+def small_call(device, dtype, vocab, softcap, entropy):
+    """Forward and both backwards of rows at every alignment, gradients at another, some masked."""
+    import rlkern
+
+    whole = torch.randn(2, 4, vocab, device=device).to(dtype).requires_grad_()
+    ids = torch.randint(vocab, (2, 3), device=device)
+    mask = torch.tensor([[True, True, False], [False, True, True]], device=device)
+    temperature = torch.rand(2, 3, device=device) + 0.5
+    with rlkern.use_backend("native"):
+        out = rlkern.token_logprobs(
+            whole[:, 1:], ids, mask=mask, temperature=temperature, softcap=softcap,
+            return_entropy=True,
+        )  # fmt: skip
+        loss = out.logprobs.sum() + (out.entropy.sum() if entropy else 0.0)
+        loss.backward()
+        assert whole.grad is not None and whole.grad.isfinite().all()
+        made = whole * 1
+        every = torch.zeros(2, 4, dtype=torch.long, device=device)
+        rlkern.token_logprobs(made, every, inplace_backward=True).sum().backward()
 
 
 @register
@@ -131,7 +166,7 @@ class TokenLogprobs(GpuCase):
     contestants = (
         Contestant(FORWARD, "rlkern native", no_grad(ours("native")), target=0.92),
         Contestant(FORWARD, "rlkern triton", no_grad(ours("triton"))),
-        *peers(FORWARD, no_grad),
+        *of_peers(FORWARD, no_grad, FORWARD_PEERS),
         Contestant(ENTROPY, "rlkern native", no_grad(ours("native", entropy=True))),
         Contestant(ENTROPY, "rlkern triton", no_grad(ours("triton", entropy=True))),
         Contestant(ENTROPY, "TRL Triton", no_grad(trl)),
@@ -139,8 +174,15 @@ class TokenLogprobs(GpuCase):
         Contestant(INPLACE, "rlkern triton", ours_inplace("triton")),
         Contestant(BOTH, "rlkern native", with_backward(ours("native"))),
         Contestant(BOTH, "rlkern triton", with_backward(ours("triton"))),
-        *peers(BOTH, with_backward),
+        *of_peers(BOTH, with_backward, BOTH_PEERS),
     )
+
+    @staticmethod
+    def small_calls(device: str) -> None:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for vocab in (1, 7, 1003, 33001):
+                for softcap, entropy in ((None, False), (30.0, True)):
+                    small_call(device, dtype, vocab, softcap, entropy)
 
     def __init__(self, device: str, tiny: bool) -> None:
         super().__init__(device, tiny)
@@ -153,7 +195,10 @@ class TokenLogprobs(GpuCase):
         lift = torch.rand(self.rows, 1, generator=generator, device=device)
         lift = lift.mul(math.log(self.vocab) + 2).bfloat16()
         self.pristine.scatter_add_(1, self.ids[:, None], lift)
-        self.logits = self.pristine.clone()
+        # One row to spare, for a peer that leaves out the last.
+        self.logits = torch.zeros(self.rows + 1, self.vocab, dtype=torch.bfloat16, device=device)[
+            :-1
+        ]
         # Exact in bf16, so that every peer is given the same upstream gradient.
         self.upstream = torch.randn(self.rows, generator=generator, device=device)
         self.upstream = self.upstream.bfloat16().float()
@@ -166,8 +211,8 @@ class TokenLogprobs(GpuCase):
         return {FORWARD: 1, ENTROPY: 1, INPLACE: 2, BOTH: 3}[task] * once
 
     def prepare(self, task: str) -> tuple[Any, ...]:
-        if task == INPLACE:
-            self.logits.copy_(self.pristine)
+        # Whoever was timed before may have written over them, whatever the task.
+        self.logits.copy_(self.pristine)
         logits = self.logits.detach()
         return logits.requires_grad_(task == BOTH), self.ids, self.upstream
 

@@ -55,6 +55,11 @@ class GpuCase(ABC):
         self.device = device
         self.tiny = tiny
 
+    @staticmethod
+    @abstractmethod
+    def small_calls(device: str) -> None:
+        """Calls every kernel on every path with few blocks, for compute-sanitizer."""
+
     @abstractmethod
     def shape(self) -> str:
         """The shape and dtype, for the table."""
@@ -81,10 +86,6 @@ def discover() -> list[type[GpuCase]]:
     for path in sorted(Path(__file__).parent.glob("bench_*.py")):
         importlib.import_module(f"benchmarks.gpu.{path.stem}")
     return CASES
-
-
-def find(operator: str) -> type[GpuCase]:
-    return next(case for case in discover() if case.operator == operator)
 
 
 def free(device: str) -> None:

@@ -31,6 +31,14 @@ def key(case: type[registry.GpuCase], contestant: registry.Contestant) -> str:
     return f"{case.operator}/{contestant.task}/{contestant.name}"
 
 
+def skipped(error: Exception, device: str) -> dict[str, Any]:
+    """What keeps a contestant out, whatever it is, is a fact to report."""
+    if device == "cuda":
+        torch.cuda.synchronize()  # raises where the error ended this process's use of the GPU
+    text = str(error).strip().splitlines() or [""]
+    return {"status": "skipped", "reason": f"{type(error).__name__}: {text[0][:200]}"}
+
+
 def measure(
     case: registry.GpuCase, contestant: registry.Contestant, seconds: float
 ) -> dict[str, Any]:
@@ -38,12 +46,9 @@ def measure(
     try:
         call = contestant.build()
         outputs = call(*case.prepare(contestant.task))
-    except Exception as error:  # whatever a peer raises is the reason that it is left out
-        if case.device == "cuda":
-            torch.cuda.synchronize()  # raises where the error ended this process's use of the GPU
-        text = str(error).strip().splitlines() or [""]
-        return {"status": "skipped", "reason": f"{type(error).__name__}: {text[0][:200]}"}
-    errors = case.errors(contestant.task, outputs)
+        errors = case.errors(contestant.task, outputs)
+    except Exception as error:
+        return skipped(error, case.device)
     del outputs
     entry: dict[str, Any] = {"errors": {name: value for name, (value, _) in errors.items()}}
     wrong = [name for name, (value, limit) in errors.items() if not value <= limit]
@@ -77,14 +82,18 @@ def work(device: str, tiny: bool, done: set[str], say: Any) -> None:
         left = [c for c in left if c.dry or not tiny]
         if not left:
             continue
-        case = case_type(device, tiny)
+        case, absent = None, {}
+        try:
+            case = case_type(device, tiny)
+        except Exception as error:
+            absent = skipped(error, device)
         for contestant in left:
             name = key(case_type, contestant)
             say({"begin": name})
-            entry = measure(case, contestant, 0.05 if tiny else 1.5)
+            entry = measure(case, contestant, 0.05 if tiny else 1.5) if case else dict(absent)
             entry |= {"operator": case_type.operator, "task": contestant.task}
-            entry |= {"name": contestant.name, "shape": case.shape(), "target": contestant.target}
-            say({"key": name, "entry": entry})
+            entry |= {"name": contestant.name, "target": contestant.target}
+            say({"key": name, "entry": entry | {"shape": case.shape() if case else ""}})
         del case
         registry.free(device)
 
@@ -155,6 +164,8 @@ def supervise(out: Path, device: str, tiny: bool, seconds: float) -> dict[str, A
             }  # fmt: skip
         if late:
             results["stopped"] = "the time was spent before everything was measured"
+        elif code != 0 and current is None:
+            results["stopped"] = f"the measuring process ended with {code} before it began"
         if late or code == 0 or current is None:
             break
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -173,7 +184,8 @@ def main() -> None:
         done = set(json.loads(sys.stdin.readline()))
         work(options.device, options.tiny, done, lambda x: print("@@" + json.dumps(x), flush=True))
     else:
-        supervise(options.out, options.device, options.tiny, options.seconds)
+        results = supervise(options.out, options.device, options.tiny, options.seconds)
+        sys.exit("stopped" in results)
 
 
 if __name__ == "__main__":

@@ -90,8 +90,9 @@ def token_logprobs(
         TypeError: an argument of the wrong type or dtype, or a DTensor.
         ValueError: a wrong shape or device; a token id outside the vocabulary or a temperature
             that is not positive (checked on the CPU always, on a GPU with RLKERN_DEBUG=1; else
-            such a row's results are NaN); an in-place backward over a leaf, a view of a leaf, or
-            a tensor whose elements share memory.
+            the row's logprob and gradient are NaN, and with such a temperature its entropy too);
+            an in-place backward over a leaf, a view of a leaf, a tensor whose elements share
+            memory, or one whose rows must be copied to be read.
         RuntimeError: a backend was asked for that cannot serve the call; inside torch.compile, a
             token id outside the vocabulary on the CPU.
     """
@@ -111,6 +112,11 @@ def token_logprobs(
     rows = logits.flatten(0, -3) if logits.dim() > 3 else logits
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
+    inplace = inplace and not torch.compiler.is_compiling()
+    if inplace and rows.data_ptr() != logits.data_ptr():
+        raise ValueError(
+            _INPLACE + f"a tensor whose rows must be copied to be read (strides {logits.stride()})"
+        )
     shape = ids.shape
     if logits.dim() > 3:
         tokens = rows.shape[:-1]
@@ -118,7 +124,7 @@ def token_logprobs(
         mask = None if mask is None else mask.reshape(tokens)
         per_token = None if per_token is None else per_token.reshape(tokens)
     args = (rows, ids, mask, per_token, number, softcap, return_entropy)
-    if inplace and not torch.compiler.is_compiling():
+    if inplace:
         logprobs, entropy = _InplaceBackward.apply(backend, *args)
     else:
         logprobs, entropy, _ = _register.overload("token_logprobs", backend)(*args)
@@ -127,20 +133,24 @@ def token_logprobs(
     return TokenLogprobs(logprobs.view(shape), entropy.view(shape))
 
 
+_INPLACE = "inplace_backward=True: expected logits whose memory may hold their gradient, got "
+
+
 def _require_writable(logits: Tensor) -> None:
-    what = "inplace_backward=True: expected logits whose memory may hold their gradient, got "
     base = logits._base
     if logits.is_leaf:
         raise ValueError(
-            what + "a leaf tensor: the backward would overwrite a parameter or an input"
+            _INPLACE + "a leaf tensor: the backward would overwrite a parameter or an input"
         )
     if base is not None and base.is_leaf and base.requires_grad:
-        raise ValueError(what + "a view of a leaf tensor: the backward would overwrite it")
-    shared = any(n > 1 and s == 0 for n, s in zip(logits.shape, logits.stride(), strict=True))
-    if shared:
-        raise ValueError(
-            what + f"an expanded tensor (strides {logits.stride()}): its elements share memory"
-        )
+        raise ValueError(_INPLACE + "a view of a leaf tensor: the backward would overwrite it")
+    reach = 0  # of the dimensions with smaller strides
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise ValueError(
+                _INPLACE + f"a tensor (strides {logits.stride()}) whose elements share memory"
+            )
+        reach += stride * max(size - 1, 0)
 
 
 # ---- autograd -------------------------------------------------------------------------------

@@ -227,6 +227,23 @@ def test_several_grids(emulated):
     assert torch.equal(gradient, emulated.backward(g, h, *inputs.args(), *results, max_blocks=3))
 
 
+def test_offsets_beyond_32_bits(emulated):
+    """Rows 2^31 elements apart; the memory between them is never touched."""
+    dense = random_inputs(torch.bfloat16, (2,), 1000)
+    apart = 2**31 + 24
+    try:
+        memory = torch.empty(apart + 1000, dtype=torch.bfloat16)
+    except RuntimeError as error:
+        pytest.skip(f"no address space for 4 GiB: {error}")
+    rows = memory.as_strided((2, 1000), (apart, 1))
+    rows.copy_(dense.logits)
+    inputs = Inputs(rows, dense.ids)
+    *results, gradient = check(emulated, inputs, inplace=False)
+    g, h = upstream((2,))
+    emulated.backward(g, h, *inputs.args(), *results, out=rows)
+    assert torch.equal(rows, gradient)
+
+
 def test_a_row_does_not_depend_on_the_batch(emulated):
     for vocab in (131, 33333):
         inputs = random_inputs(torch.bfloat16, (4,), vocab)

@@ -40,7 +40,8 @@ def test_no_stack_no_spills_and_the_stated_occupancy(source):
 
 @needs_toolkit
 def test_loads_are_16_bytes_wide_and_stand_together():
-    """Four loads in flight before the first use, in the machine code for Hopper."""
+    """In the machine code for Hopper: four loads in flight before the first use, and one
+    exponential for each of their elements, two with a softcap."""
     if reason := toolkit.why_not("nvdisasm"):
         pytest.skip(reason)
     cuobjdump = toolkit.tool("cuobjdump")
@@ -62,4 +63,9 @@ def test_loads_are_16_bytes_wide_and_stand_together():
         run = next((i for i in wide if sum(i <= j < i + 8 for j in wide) >= 4), None)
         assert run is not None, f"{name}: no four 16-byte loads within eight instructions"
         assert not any("LDL" in text or "STL" in text for text in instructions), name
+        elements = 4 * (4 if "Float32" in name else 8)
+        wanted = elements * (2 if "Lb1ELb" in name else 1)
+        exponentials = sum("MUFU.EX2" in text for text in instructions)
+        # A few more move sums to a new maximum: of a batch, a warp, a block, a row.
+        assert wanted <= exponentials <= wanted + 8, f"{name}: {exponentials} for {elements}"
     assert forwards == 12  # element types, softcap or not, entropy or not

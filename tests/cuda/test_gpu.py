@@ -9,6 +9,7 @@ import torch
 
 import rlkern
 from rlkern import _native
+from rlkern._schema import operator_name
 from rlkern.reference import token_logprobs as reference
 
 
@@ -27,10 +28,14 @@ U = 2.0**-24
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(autouse=True)
-def native():
-    with rlkern.use_backend("native"):
-        yield
+@pytest.fixture(autouse=True, params=["native"])
+def backend(request):
+    with rlkern.use_backend(request.param):
+        yield request.param
+
+
+# What a launch does around its kernel, which Triton's launches do too.
+and_triton = pytest.mark.parametrize("backend", ["native", "triton"], indirect=True)
 
 
 def inputs(dtype, tokens, vocab, spread=3.0):
@@ -41,8 +46,14 @@ def inputs(dtype, tokens, vocab, spread=3.0):
     return logits.scatter_add_(-1, ids[..., None], lift).to(dtype), ids
 
 
-def forward(logits, ids, mask=None, token_temperature=None, temperature=1.0, softcap=None):
-    return torch.ops.rlkern.token_logprobs(
+def operator(op, backend):
+    return getattr(torch.ops.rlkern, operator_name(op, backend))
+
+
+def forward(
+    logits, ids, mask=None, token_temperature=None, temperature=1.0, softcap=None, backend="native"
+):
+    return operator("token_logprobs", backend)(
         logits, ids, mask, token_temperature, temperature, softcap, True
     )
 
@@ -130,9 +141,10 @@ def test_the_same_call_twice_and_a_row_alone():
         assert torch.equal(a, b) and torch.equal(a[123:124], c)
 
 
-def test_the_current_stream_is_used():
+@and_triton
+def test_the_current_stream_is_used(backend):
     logits, ids = inputs(torch.bfloat16, (256,), 151936)
-    expected = forward(logits, ids)[0]
+    expected = forward(logits, ids, backend=backend)[0]
     stream = torch.cuda.Stream()
     late = torch.zeros_like(logits)
     torch.cuda.synchronize()
@@ -140,31 +152,56 @@ def test_the_current_stream_is_used():
         torch.cuda._sleep(50_000_000)
         late.copy_(logits)
         # On another stream it would read the zeros.
-        logprobs = forward(late, ids)[0]
+        logprobs = forward(late, ids, backend=backend)[0]
     stream.synchronize()
     assert torch.equal(logprobs, expected)
 
 
-def test_nothing_waits_for_the_gpu():
+@and_triton
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_tensors_device_is_used(backend):
+    logits, ids = inputs(torch.bfloat16, (5,), 50257)
+    expected = forward(logits, ids, backend=backend)
+    assert torch.cuda.current_device() == 0
+    found = forward(logits.to("cuda:1"), ids.to("cuda:1"), backend=backend)
+    assert torch.cuda.current_device() == 0
+    for a, b in zip(found, expected, strict=True):
+        assert a.device.index == 1 and torch.equal(a.cpu(), b.cpu())
+
+
+@and_triton
+def test_nothing_waits_for_the_gpu(backend):
     logits, ids = inputs(torch.bfloat16, (8,), 50257)
     logits.requires_grad_()
     mask = torch.ones(8, dtype=torch.bool, device="cuda")
+
+    def step():
+        out = rlkern.token_logprobs(logits, ids, mask=mask, return_entropy=True)
+        (out.logprobs.sum() + out.entropy.sum()).backward()
+
+    step()  # what is compiled or loaded once
+    torch.cuda.synchronize()
+    done = torch.cuda.Event()
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        out = rlkern.token_logprobs(logits, ids, mask=mask, return_entropy=True)
-        (out.logprobs.sum() + out.entropy.sum()).backward()
+        torch.cuda._sleep(1_000_000_000)  # half a second and more
+        step()
+        done.record()
+        # The mode sees torch's own waits; one of ours would have lasted until now.
+        assert not done.query()
     finally:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def test_graph_capture():
+@and_triton
+def test_graph_capture(backend):
     logits, ids = inputs(torch.bfloat16, (16,), 50257)
     static, g = logits.clone(), torch.randn(16, device="cuda")
 
     def step():
-        out = forward(static, ids)
-        torch.ops.rlkern.token_logprobs_bwd_(g, None, static, ids, None, None, 1.0, None, *out)
+        out = forward(static, ids, backend=backend)
+        operator("token_logprobs_bwd_", backend)(g, None, static, ids, None, None, 1.0, None, *out)
         return out[0]
 
     side = torch.cuda.Stream()
@@ -179,8 +216,8 @@ def test_graph_capture():
     for values in (logits, other):
         static.copy_(values)
         graph.replay()
-        out = forward(values, ids)
-        expected = torch.ops.rlkern.token_logprobs_bwd(
+        out = forward(values, ids, backend=backend)
+        expected = operator("token_logprobs_bwd", backend)(
             g, None, values, ids, None, None, 1.0, None, *out
         )
         assert torch.equal(captured, out[0]) and torch.equal(static, expected)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from emulated_kernels import ROOT
@@ -64,6 +65,64 @@ def test_a_stage_that_fails_leaves_the_rest_to_run(tmp_path):
     assert done.returncode == 0 and list(stages) == ["build", "tests", "sanitizer", "bench"]
     assert all(stages[name].startswith("failed") for name in ("tests", "sanitizer", "bench"))
     assert "no benchmark results" in (out / "summary.txt").read_text()
+
+
+def stand_ins(tmp_path, python):
+    """A folder for PATH whose programs note how they are called; `python` says what Python does."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, does in {
+        "python": python,
+        "compute-sanitizer": "exit 0",
+        "nvcc": "",
+        "git": "",
+    }.items():
+        program = folder / name
+        program.write_text(f'#!/bin/bash\necho "{name} $*" >> "{tmp_path}/calls"\n{does}\n')
+        program.chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": str(folder / "python")}
+
+
+SUMMARY = f'[[ $* == *summary* ]] && exec "{sys.executable}" "$@"\n'
+
+
+def test_a_whole_run_starts_every_stage_and_leaves_eight_files(tmp_path):
+    out = tmp_path / "out"
+    rates = ("copy", "read", "in_place")
+    ceilings = {f"{name}_bytes_per_second": 1.0 for name in rates} | {"bf16_flop_per_second": 1.0}
+    results = {"about": {"device": "cuda", "date": ""}, "ceilings": ceilings, "entries": {}}
+    (tmp_path / "results").write_text(json.dumps(results))
+    bench = f'[[ $* == *gpu.run* ]] && cp "{tmp_path}/results" "{out}/results.json"\n'
+    done = run(str(out), **stand_ins(tmp_path, f"{SUMMARY}{bench}exit 0"))
+    assert len(list(out.iterdir())) == 8, sorted(out.iterdir())
+    stages = dict(line.split("\t")[:2] for line in (out / "stages.tsv").open())
+    assert stages == dict.fromkeys(("build", "tests", "sanitizer", "bench"), "ok"), done.stderr
+    calls = (tmp_path / "calls").read_text()
+    assert "python setup.py build_ext --inplace" in calls
+    assert "python -m pytest tests -m gpu" in calls
+    for tool in ("memcheck", "racecheck"):
+        assert f"compute-sanitizer --tool {tool} " in calls
+    assert "python -m benchmarks.gpu.run" in calls and "--device cuda" in calls
+
+
+def test_every_stage_runs_although_each_fails(tmp_path):
+    out = tmp_path / "out"
+    run(str(out), **stand_ins(tmp_path, f"{SUMMARY}exit 1"))
+    stages = dict(line.split("\t")[:2] for line in (out / "stages.tsv").open())
+    assert stages.pop("sanitizer") == "ok"
+    assert stages == {n: f"failed, see {n}.log" for n in ("build", "tests", "bench")}
+
+
+def test_stages_that_hang_are_stopped_within_the_limit(tmp_path):
+    out = tmp_path / "out"
+    hangs = f"{SUMMARY}[[ $* == *setup.py* ]] && sleep 60\nexit 0"
+    begin = time.monotonic()
+    done = run(str(out), GPU_SH_SECONDS="12", **stand_ins(tmp_path, hangs))
+    assert time.monotonic() - begin < 30
+    stages = dict(line.split("\t")[:2] for line in (out / "stages.tsv").open())
+    assert stages.pop("build").startswith("stopped after")
+    assert set(stages.values()) == {"skipped: no time left"} and len(stages) == 3
+    assert "no benchmark results" in done.stdout
 
 
 def test_usage(tmp_path):

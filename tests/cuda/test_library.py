@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 
 import pytest
+import toolkit
 from emulated_kernels import ROOT, build_once, digest
 
 from rlkern import _native
@@ -17,7 +19,7 @@ STUB = ROOT / "csrc/cuda/torch_cuda_stub.cpp"
 
 pytestmark = pytest.mark.skipif(
     not LIBRARY.exists(),
-    reason="rlkern/_C_cuda.abi3.so is not built here (it needs nvcc; `make build` makes it)",
+    reason="rlkern/_C_cuda.abi3.so is not built here (it needs nvcc)",
 )
 
 
@@ -32,6 +34,20 @@ def test_symbols_are_those_of_the_stable_abi():
     assert not re.search(r"\b(at|c10|torch)::", undefined)
     torch_symbols = set(re.findall(r"\b((?:aoti_)?torch_\w+)", undefined))
     assert "aoti_torch_get_current_cuda_stream" in torch_symbols
+
+
+def test_it_holds_machine_code_for_each_architecture_and_portable_ptx():
+    if reason := toolkit.why_not("cuobjdump"):
+        pytest.skip(reason)
+    asked = _native.build_info()["cuda_architectures"]
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        assert asked == ["8.0", "9.0a", "10.0f", "8.0+PTX"]
+    for option, kind in (("--list-elf", "cubin"), ("--list-ptx", "ptx")):
+        listed = output(toolkit.tool("cuobjdump"), option, str(LIBRARY))
+        # A family's code is listed without its letter.
+        found = {arch.removesuffix("f") for arch in re.findall(rf"\.sm_(\w+)\.{kind}", listed)}
+        wanted = {a.removesuffix("+PTX") for a in asked if a.endswith("+PTX") == (kind == "ptx")}
+        assert found == {a.replace(".", "").removesuffix("f") for a in wanted}, listed
 
 
 def test_it_loads_torch_and_the_system_only():

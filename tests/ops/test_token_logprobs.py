@@ -282,7 +282,7 @@ def test_rows_are_read_where_they_lie(backend):
     check(base[:, :-1], torch.randint(64, (2, 4)))
     if backend != "native":
         pytest.skip("the reference may copy")
-    # A copy would show as memory: a slice of a tensor whose copy cannot be allocated.
+    # A copy would show as memory.
     with torch.autograd.profiler.profile(profile_memory=True) as prof:
         rlkern.token_logprobs(base[:, :-1], torch.zeros(2, 4, dtype=torch.long))
     assert sum(max(e.cpu_memory_usage, 0) for e in prof.function_events) < base.nbytes

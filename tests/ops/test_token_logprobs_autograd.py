@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -211,7 +215,11 @@ def test_inplace_backward_is_refused_where_it_cannot_be_right(backend):
     refused = {
         "a leaf tensor": leaf,
         "a view of a leaf": leaf.view(2, 3, 70),
-        "an expanded tensor": (leaf * 1)[:1].expand(2, 3, 70),
+        "a tensor .strides .0, 70, 1.. whose elements share": (leaf * 1)[:1].expand(2, 3, 70),
+        "a tensor .strides .80, 5, 1.. whose elements share": torch.as_strided(
+            torch.zeros(160) + leaf.sum(), (2, 3, 70), (80, 5, 1)
+        ),
+        "a tensor whose rows must be copied": (leaf * 1).mT.contiguous().mT,
     }
     for what, logits in refused.items():
         with pytest.raises(ValueError, match=f"inplace_backward=True: .*{what}"):
@@ -239,6 +247,52 @@ def test_a_backend_that_cannot_serve_raises(monkeypatch):
     with pytest.raises(ValueError, match="expected auto, native, triton, eager, got 'cuda'"):
         with rlkern.use_backend("cuda"):
             pass
+
+
+@pytest.mark.parametrize(
+    "native, triton, automatic",
+    [(True, True, "native"), (False, True, "triton"), (False, False, "eager")],
+)
+def test_on_a_gpu_native_serves_where_built_and_triton_where_not(
+    monkeypatch, native, triton, automatic
+):
+    from rlkern import _backend
+
+    call = ("token_logprobs", "cuda", torch.bfloat16)
+    monkeypatch.setitem(_backend._native_kernels, call[:2], native)
+    monkeypatch.setattr(_backend, "_HAS_TRITON", triton)
+    assert _backend.choose(*call) == automatic
+    for name, serves in {"native": native, "triton": triton, "eager": True}.items():
+        with rlkern.use_backend(name):
+            if serves:
+                assert _backend.choose(*call) == name
+            else:
+                with pytest.raises(RuntimeError, match=f"'{name}' was asked for"):
+                    _backend.choose(*call)
+
+
+def test_the_environment_chooses_a_backend():
+    code = """
+import sys, torch, rlkern
+from rlkern import _backend
+print(_backend.choose("token_logprobs", "cpu", torch.float32))
+with rlkern.use_backend("eager"):
+    print(_backend.choose("token_logprobs", "cpu", torch.float32))
+"""
+
+    def run(backend):
+        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env=env | {"RLKERN_BACKEND": backend},
+        )
+
+    assert run("eager").stdout.split() == ["eager", "eager"]
+    done = run("triton")
+    assert done.returncode != 0 and "'triton' was asked for, but cannot serve" in done.stderr
+    assert "RLKERN_BACKEND: expected auto, native, triton, eager" in run("cuda").stderr
 
 
 def test_use_backend_nests_and_restores():

@@ -27,6 +27,7 @@ from rlkern.reference import token_logprobs as reference  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
+    pytest.mark.gpu,
     pytest.mark.skipif(
         not INTERPRETED and not torch.cuda.is_available(),
         reason="no GPU: test_interpreted.py runs this file in Triton's interpreter",
@@ -391,7 +392,6 @@ def test_offsets_beyond_32_bits():
 
 
 @on_gpu
-@pytest.mark.gpu
 def test_more_rows_than_a_second_grid_axis_holds():
     check(randn(70000, 40), randint(40, 70000))
 
