@@ -10,6 +10,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -41,6 +42,17 @@ def require_logits(value: object, name: str = "logits") -> Tensor:
             f"got {list(logits.shape)}"
         )
     return logits
+
+
+def refuse_tangent(tensor: Tensor, name: str) -> None:
+    """Forward-mode AD would drop the tangent and give a derivative of 0 in silence."""
+    if torch.compiler.is_compiling():
+        return
+    if forward_ad.unpack_dual(tensor).tangent is not None:
+        raise RuntimeError(
+            f"{name}: expected a tensor without a forward-mode tangent: rlkern's operators are "
+            "differentiated backwards only (Tensor.backward, torch.autograd.grad)"
+        )
 
 
 def require_like_tokens(tensor: Tensor, name: str, logits: Tensor) -> None:
@@ -89,6 +101,7 @@ def token_temperature(value: object, logits: Tensor) -> tuple[float, Tensor | No
     temperature = require_tensor(value, "temperature")
     if not temperature.is_floating_point():
         raise TypeError(f"temperature: expected a floating-point tensor, got {temperature.dtype}")
+    refuse_tangent(temperature, "temperature")
     if temperature.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "temperature: expected a tensor that needs no gradient (none is computed for it), "

@@ -58,7 +58,8 @@ def token_logprobs(
 
     - logp = z_y - log sum_j exp(z_j), exact also where token y carries nearly all the mass
     - entropy H = -sum_j p_j log p_j (nats)
-    - d logp / d z_j = [j = y] - p_j and d H / d z_j = -p_j (log p_j + H); first derivatives only
+    - d logp / d z_j = [j = y] - p_j and d H / d z_j = -p_j (log p_j + H); first derivatives, in
+      reverse mode, only
 
     Shapes are padded ([B, T, V] with [B, T]) or packed ([total, V] with [total]); any leading
     shape serves. A slice such as ``logits[:, :-1]`` is read where it lies, but the gradient of a
@@ -92,10 +93,12 @@ def token_logprobs(
             that is not positive (checked on the CPU always, on a GPU with RLKERN_DEBUG=1; else
             such a row's results are NaN); an in-place backward over a leaf, a view of a leaf, or
             a tensor whose elements share memory.
-        RuntimeError: a backend was asked for that cannot serve the call; inside torch.compile, a
-            token id outside the vocabulary on the CPU.
+        RuntimeError: a backend was asked for that cannot serve the call; logits or a temperature
+            with a forward-mode tangent; inside torch.compile, a token id outside the vocabulary
+            on the CPU.
     """
     logits = _checks.require_logits(logits)
+    _checks.refuse_tangent(logits, "logits")
     ids = _checks.require_ids(token_ids, "token_ids", logits)
     mask = _checks.optional_mask(mask, logits)
     number, per_token = _checks.token_temperature(temperature, logits)

@@ -80,6 +80,15 @@ def model(vocab=70, width=8):
     return hidden, weight, torch.randint(vocab, (2, 3))
 
 
+def test_forward_mode_raises(backend):
+    logits, ids = example()
+    t = torch.ones(2, 3)
+    with pytest.raises(RuntimeError, match="logits: .*backwards only"):
+        torch.func.jvp(lambda x: rlkern.token_logprobs(x, ids), (logits,), (logits,))
+    with pytest.raises(RuntimeError, match="temperature: .*backwards only"):
+        torch.func.jvp(lambda x: rlkern.token_logprobs(logits, ids, temperature=x), (t,), (t,))
+
+
 @pytest.mark.parametrize("inplace_backward", [False, True])
 def test_compiles_without_a_graph_break(backend, inplace_backward):
     hidden, weight, ids = model()
