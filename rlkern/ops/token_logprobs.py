@@ -139,11 +139,25 @@ def _require_writable(logits: Tensor) -> None:
         )
     if base is not None and base.is_leaf and base.requires_grad:
         raise ValueError(what + "a view of a leaf tensor: the backward would overwrite it")
-    shared = any(n > 1 and s == 0 for n, s in zip(logits.shape, logits.stride(), strict=True))
-    if shared:
+    if _elements_share_memory(logits):
         raise ValueError(
-            what + f"an expanded tensor (strides {logits.stride()}): its elements share memory"
+            what + f"an expanded or overlapping tensor (shape {list(logits.shape)}, strides "
+            f"{logits.stride()}): its elements share memory"
         )
+
+
+def _elements_share_memory(tensor: Tensor) -> bool:
+    """Whether some dimension steps back into what the dimensions of smaller stride span."""
+    # Traced code runs the out-of-place backward, and sizes may be symbols there.
+    if torch.compiler.is_compiling() or tensor.numel() == 0:
+        return False
+    span = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= span:
+                return True
+            span += stride * (size - 1)
+    return False
 
 
 # ---- autograd -------------------------------------------------------------------------------
