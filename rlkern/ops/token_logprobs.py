@@ -113,7 +113,8 @@ def token_logprobs(
     backend = _backend.choose("token_logprobs", logits.device.type, logits.dtype)
     rows = logits.flatten(0, -3) if logits.dim() > 3 else logits
     if rows.stride(-1) != 1:
-        rows = rows.contiguous()
+        # A clone, because a tensor without rows is contiguous under any strides.
+        rows = rows.clone(memory_format=torch.contiguous_format)
     shape = ids.shape
     if logits.dim() > 3:
         tokens = rows.shape[:-1]
