@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+# Beyond these fp32, in which kernels compute, holds the number or its inverse as 0 or infinity.
+SMALLEST, LARGEST = 1e-37, 1e37
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -89,8 +91,10 @@ def positive_number(value: object, name: str) -> float:
     # bool is an int, and True a temperature nobody means.
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a positive number, got {type(value).__name__}")
-    if not (0 < value < float("inf")):
-        raise ValueError(f"{name}: expected a positive finite number, got {value}")
+    if not (SMALLEST <= value <= LARGEST):
+        raise ValueError(
+            f"{name}: expected a positive finite number, in [{SMALLEST}, {LARGEST}], got {value}"
+        )
     return float(value)
 
 
@@ -157,10 +161,10 @@ def check_token_values(
         )
     if temperature is None:
         return
-    where = first_offence(~((temperature > 0) & (temperature < float("inf"))), mask)
+    where = first_offence(~((temperature >= SMALLEST) & (temperature <= LARGEST)), mask)
     if where is not None:
         at = ", ".join(map(str, where))
         raise ValueError(
-            f"temperature: expected positive finite values, got {float(temperature[where])} "
-            f"at [{at}]"
+            f"temperature: expected positive finite values, in [{SMALLEST}, {LARGEST}], got "
+            f"{float(temperature[where])} at [{at}]"
         )

@@ -74,9 +74,9 @@ def token_logprobs(
             The arithmetic is fp32 (fp64 for float64).
         token_ids: [...], int64 or int32, in [0, V) where the mask is true.
         mask: [...], bool or integer, true where a token counts. None: all do.
-        temperature: a positive number, or a tensor that broadcasts to [...], one per token, for
-            which no gradient is computed.
-        softcap: the bound c of Gemma's final logit softcapping, or None.
+        temperature: a positive number (1e-37 to 1e37), or a tensor that broadcasts to [...], one
+            per token, for which no gradient is computed.
+        softcap: the bound c of Gemma's final logit softcapping (1e-37 to 1e37), or None.
         return_entropy: also return the entropy, from the same pass, with its gradient.
         inplace_backward: let the backward write the gradient over ``logits`` instead of
             allocating [..., V] anew. After the backward the logits hold their gradient; autograd
