@@ -20,6 +20,8 @@ LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def require_tensor(value: object, name: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got the layout {value.layout}")
     # By name: importing torch.distributed.tensor for the sake of a check costs half a second.
     if type(value).__name__ == "DTensor":
         raise TypeError(

@@ -23,6 +23,12 @@ CASES = {
         (IDS, IDS),
         {},
     ),
+    "sparse logits": (
+        TypeError,
+        "logits: expected a dense tensor, got the layout torch.sparse_coo",
+        (LOGITS.to_sparse(), IDS),
+        {},
+    ),
     "scalar logits": (
         ValueError,
         r"logits: expected shape \[..., V\].*got \[\]",
