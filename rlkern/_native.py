@@ -41,7 +41,8 @@ def load() -> None:
         if device == "cuda" and torch.version.cuda is None:
             problems[device] = "this torch is built without CUDA"
         elif not path.exists():
-            problems[device] = str(info.get(device, "not built"))
+            why = str(info.get(device, "not built"))
+            problems[device] = "built, but the file is gone" if why == "built" else why
         else:
             try:
                 torch.ops.load_library(str(path))

@@ -12,13 +12,18 @@ import os
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+# Beyond these fp32, in which kernels compute, holds the number or its inverse as 0 or infinity.
+SMALLEST, LARGEST = 1e-37, 1e37
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def require_tensor(value: object, name: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got the layout {value.layout}")
     # By name: importing torch.distributed.tensor for the sake of a check costs half a second.
     if type(value).__name__ == "DTensor":
         raise TypeError(
@@ -43,6 +48,17 @@ def require_logits(value: object, name: str = "logits") -> Tensor:
             f"got {list(logits.shape)}"
         )
     return logits
+
+
+def refuse_tangent(tensor: Tensor, name: str) -> None:
+    """Forward-mode AD would drop the tangent and give a derivative of 0 in silence."""
+    if torch.compiler.is_compiling():
+        return
+    if forward_ad.unpack_dual(tensor).tangent is not None:
+        raise RuntimeError(
+            f"{name}: expected a tensor without a forward-mode tangent: rlkern's operators are "
+            "differentiated backwards only (Tensor.backward, torch.autograd.grad)"
+        )
 
 
 def require_like_tokens(tensor: Tensor, name: str, logits: Tensor) -> None:
@@ -106,8 +122,10 @@ def positive_number(value: object, name: str) -> float:
     # bool is an int, and True a temperature nobody means.
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a positive number, got {type(value).__name__}")
-    if not (0 < value < float("inf")):
-        raise ValueError(f"{name}: expected a positive finite number, got {value}")
+    if not (SMALLEST <= value <= LARGEST):
+        raise ValueError(
+            f"{name}: expected a positive finite number, in [{SMALLEST}, {LARGEST}], got {value}"
+        )
     return float(value)
 
 
@@ -118,6 +136,7 @@ def token_temperature(value: object, logits: Tensor) -> tuple[float, Tensor | No
     temperature = require_tensor(value, "temperature")
     if not temperature.is_floating_point():
         raise TypeError(f"temperature: expected a floating-point tensor, got {temperature.dtype}")
+    refuse_tangent(temperature, "temperature")
     if temperature.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "temperature: expected a tensor that needs no gradient (none is computed for it), "
@@ -173,10 +192,10 @@ def check_token_values(
         )
     if temperature is None:
         return
-    where = first_offence(~((temperature > 0) & (temperature < float("inf"))), mask)
+    where = first_offence(~((temperature >= SMALLEST) & (temperature <= LARGEST)), mask)
     if where is not None:
         at = ", ".join(map(str, where))
         raise ValueError(
-            f"temperature: expected positive finite values, got {float(temperature[where])} "
-            f"at [{at}]"
+            f"temperature: expected positive finite values, in [{SMALLEST}, {LARGEST}], got "
+            f"{float(temperature[where])} at [{at}]"
         )

@@ -58,7 +58,8 @@ def token_logprobs(
 
     - logp = z_y - log sum_j exp(z_j), exact also where token y carries nearly all the mass
     - entropy H = -sum_j p_j log p_j (nats)
-    - d logp / d z_j = [j = y] - p_j and d H / d z_j = -p_j (log p_j + H); first derivatives only
+    - d logp / d z_j = [j = y] - p_j and d H / d z_j = -p_j (log p_j + H); first derivatives, in
+      reverse mode, only
 
     Shapes are padded ([B, T, V] with [B, T]) or packed ([total, V] with [total]); any leading
     shape serves. A slice such as ``logits[:, :-1]`` is read where it lies, but the gradient of a
@@ -73,9 +74,9 @@ def token_logprobs(
             The arithmetic is fp32 (fp64 for float64).
         token_ids: [...], int64 or int32, in [0, V) where the mask is true.
         mask: [...], bool or integer, true where a token counts. None: all do.
-        temperature: a positive number, or a tensor that broadcasts to [...], one per token, for
-            which no gradient is computed.
-        softcap: the bound c of Gemma's final logit softcapping, or None.
+        temperature: a positive number (1e-37 to 1e37), or a tensor that broadcasts to [...], one
+            per token, for which no gradient is computed.
+        softcap: the bound c of Gemma's final logit softcapping (1e-37 to 1e37), or None.
         return_entropy: also return the entropy, from the same pass, with its gradient.
         inplace_backward: let the backward write the gradient over ``logits`` instead of
             allocating [..., V] anew. After the backward the logits hold their gradient; autograd
@@ -93,10 +94,12 @@ def token_logprobs(
             the row's logprob and gradient are NaN, and with such a temperature its entropy too);
             an in-place backward over a leaf, a view of a leaf, a tensor whose elements share
             memory, or one whose rows must be copied to be read.
-        RuntimeError: a backend was asked for that cannot serve the call; inside torch.compile, a
-            token id outside the vocabulary on the CPU.
+        RuntimeError: a backend was asked for that cannot serve the call; logits or a temperature
+            with a forward-mode tangent; inside torch.compile, a token id outside the vocabulary
+            on the CPU.
     """
     logits = _checks.require_logits(logits)
+    _checks.refuse_tangent(logits, "logits")
     ids = _checks.require_ids(token_ids, "token_ids", logits)
     mask = _checks.optional_mask(mask, logits)
     number, per_token = _checks.token_temperature(temperature, logits)
@@ -111,7 +114,8 @@ def token_logprobs(
     backend = _backend.choose("token_logprobs", logits.device.type, logits.dtype)
     rows = logits.flatten(0, -3) if logits.dim() > 3 else logits
     if rows.stride(-1) != 1:
-        rows = rows.contiguous()
+        # A clone, because a tensor without rows is contiguous under any strides.
+        rows = rows.clone(memory_format=torch.contiguous_format)
     inplace = inplace and not torch.compiler.is_compiling()
     if inplace and rows.data_ptr() != logits.data_ptr():
         raise ValueError(
@@ -144,13 +148,25 @@ def _require_writable(logits: Tensor) -> None:
         )
     if base is not None and base.is_leaf and base.requires_grad:
         raise ValueError(_INPLACE + "a view of a leaf tensor: the backward would overwrite it")
-    reach = 0  # of the dimensions with smaller strides
-    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
-        if size > 1 and stride <= reach:
-            raise ValueError(
-                _INPLACE + f"a tensor (strides {logits.stride()}) whose elements share memory"
-            )
-        reach += stride * max(size - 1, 0)
+    if _elements_share_memory(logits):
+        raise ValueError(
+            _INPLACE + f"an expanded or overlapping tensor (shape {list(logits.shape)}, strides "
+            f"{logits.stride()}): its elements share memory"
+        )
+
+
+def _elements_share_memory(tensor: Tensor) -> bool:
+    """Whether some dimension steps back into what the dimensions of smaller stride span."""
+    # Traced code runs the out-of-place backward, and sizes may be symbols there.
+    if torch.compiler.is_compiling() or tensor.numel() == 0:
+        return False
+    span = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= span:
+                return True
+            span += stride * (size - 1)
+    return False
 
 
 # ---- autograd -------------------------------------------------------------------------------

@@ -54,6 +54,17 @@ def environment(**changes):
     return env
 
 
+def test_a_library_that_was_built_and_is_gone_is_not_called_built(tmp_path, monkeypatch):
+    (tmp_path / "_build_info.json").write_text('{"cpu": "built", "cuda": "built"}')
+    monkeypatch.setattr(_native, "FOLDER", tmp_path)
+    monkeypatch.setattr(_native, "problems", {})
+    monkeypatch.delenv("RLKERN_STRICT", raising=False)
+    with pytest.warns(
+        RuntimeWarning, match=r"no compiled CPU kernels \(built, but the file is gone"
+    ):
+        _native.load()
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """The tracked files alone, as a clone has them."""

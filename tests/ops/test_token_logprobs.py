@@ -277,6 +277,16 @@ def test_strided_logits_and_tokens(backend, name, logits, dtype):
     check(logits, ids, mask=mask, temperature=torch.rand(*shape, 2)[..., 0] + 0.5, g=g, h=h)
 
 
+@pytest.mark.parametrize("inplace_backward", [False, True])
+def test_no_rows_of_any_strides(backend, inplace_backward):
+    leaf = torch.randn(3, 0, 8, requires_grad=True)
+    for logits in ((leaf * 1)[..., ::2], (leaf * 1)[..., :1] * 2):
+        ids = torch.zeros(3, 0, dtype=torch.long)
+        logprobs = rlkern.token_logprobs(logits, ids, inplace_backward=inplace_backward)
+        logprobs.sum().backward()
+        assert logprobs.shape == (3, 0) and leaf.grad.shape == leaf.shape
+
+
 def test_rows_are_read_where_they_lie(backend):
     base = torch.randn(2, 5, 64)
     check(base[:, :-1], torch.randint(64, (2, 4)))

@@ -23,6 +23,12 @@ CASES = {
         (IDS, IDS),
         {},
     ),
+    "sparse logits": (
+        TypeError,
+        "logits: expected a dense tensor, got the layout torch.sparse_coo",
+        (LOGITS.to_sparse(), IDS),
+        {},
+    ),
     "scalar logits": (
         ValueError,
         r"logits: expected shape \[..., V\].*got \[\]",
@@ -73,7 +79,7 @@ CASES = {
     ),
     "zero temperature": (
         ValueError,
-        "temperature: expected a positive finite number, got 0",
+        "temperature: expected a positive finite number.*got 0",
         (LOGITS, IDS),
         {"temperature": 0.0},
     ),
@@ -97,7 +103,7 @@ CASES = {
     ),
     "negative token temperature": (
         ValueError,
-        r"temperature: expected positive finite values, got -1.0 at \[0, 0\]",
+        r"temperature: expected positive finite values.*got -1.0 at \[0, 0\]",
         (LOGITS, IDS),
         {"temperature": -torch.ones(2, 3)},
     ),
@@ -121,9 +127,39 @@ CASES = {
     ),
     "zero softcap": (
         ValueError,
-        "softcap: expected a positive finite number, got 0",
+        "softcap: expected a positive finite number.*got 0",
         (LOGITS, IDS),
         {"softcap": 0},
+    ),
+    "temperature whose inverse overflows": (
+        ValueError,
+        "temperature: .*got 1e-40",
+        (LOGITS, IDS),
+        {"temperature": 1e-40},
+    ),
+    "token temperature whose inverse overflows": (
+        ValueError,
+        r"temperature: .*at \[0, 0\]",
+        (LOGITS, IDS),
+        {"temperature": torch.tensor(1e-39)},
+    ),
+    "integer temperature beyond floats": (
+        ValueError,
+        "temperature: expected a positive finite number",
+        (LOGITS, IDS),
+        {"temperature": 10**400},
+    ),
+    "softcap that rounds to none": (
+        ValueError,
+        "softcap: .*got 1e-50",
+        (LOGITS, IDS),
+        {"softcap": 1e-50},
+    ),
+    "softcap beyond fp32": (
+        ValueError,
+        "softcap: .*got 1e[+]39",
+        (LOGITS, IDS),
+        {"softcap": 1e39},
     ),
     "boolean softcap": (
         TypeError,
