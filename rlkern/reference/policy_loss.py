@@ -113,6 +113,7 @@ class _Tokens(NamedTuple):
 def policy_loss(loss: Any, batch: Batch, given: Denominators) -> tuple[Tensor, Tensor]:
     """The loss, 0-dimensional, and the metrics' vector: SUMS, then MAXIMA, without gradient."""
     ones = torch.ones_like(batch.logprobs)
+    given = given.to(ones.dtype)
     mask = ones if batch.mask is None else batch.mask.to(ones.dtype)
     sequences = Sequences(mask, batch.offsets)
     spread = batch.advantage_per_sequence
