@@ -275,7 +275,7 @@ def _surrogate(loss: Any, ratio: Tensor, tokens: _Tokens) -> tuple[Tensor, _Clip
     if loss.dual_clip is not None:
         floor = -loss.dual_clip * advantages
         value = torch.where(advantages < 0, torch.minimum(value, floor), value)
-        dual = (advantages < 0) & (ratio > loss.dual_clip)
+        dual = (advantages < 0) & (capped > loss.dual_clip)
     return value, nowhere._replace(
         low=(capped < low) & (advantages < 0), high=(capped > high) & (advantages > 0), dual=dual
     )
