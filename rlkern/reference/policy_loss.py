@@ -175,6 +175,9 @@ def policy_loss(loss: Any, batch: Batch, given: Denominators) -> tuple[Tensor, T
     if phi is not None:
         by_sequence = sequences if spread else None
         sums["vespo_phi"], sums["vespo_units"] = _mean_parts(phi, mask, by_sequence)
+        if spread:
+            # A sequence without a token has phi(w = 1) = 1, as in TRL.
+            sums["vespo_phi"] = sums["vespo_phi"] + (sequences.length == 0).sum()
     ratio_sums, maxima = _ratio_metrics(loss, d, ratio, clipped, mask, sequences)
     sums |= ratio_sums
     vector = [sums.get(name, mask.new_zeros(())) for name in SUMS]
