@@ -17,17 +17,20 @@ def mean(numerator: str, denominator: str = "tokens") -> Reader:
     return lambda sums, _: sums[numerator] / sums[denominator].clamp(min=1)
 
 
-def largest(name: str) -> Reader:
-    return lambda _, maxima: _or_nan(maxima[name])
+def largest(name: str, count: str = "") -> Reader:
+    """The extremum over nothing is NaN: where `count` is 0, or for finite entries none was seen."""
+    return lambda sums, maxima: _or_nan(maxima[name], sums, maxima[name], count)
 
 
-def smallest(name: str) -> Reader:
+def smallest(name: str, count: str = "") -> Reader:
     """Of an entry that is kept negated, so that one kind of reduction serves both."""
-    return lambda _, maxima: -_or_nan(maxima["minus_" + name])
+    name = "minus_" + name
+    return lambda sums, maxima: _or_nan(-maxima[name], sums, maxima[name], count)
 
 
-def _or_nan(x: Tensor) -> Tensor:
-    return torch.where(x == -torch.inf, torch.nan, x)
+def _or_nan(value: Tensor, sums: Mapping[str, Tensor], entry: Tensor, count: str) -> Tensor:
+    nothing = sums[count] == 0 if count else entry == -torch.inf
+    return torch.where(nothing, torch.nan, value)
 
 
 class Layout:

@@ -23,6 +23,10 @@ class Denominators(NamedTuple):
     num_sequences: float | Tensor | None = None
     entropy_normalizer: float | Tensor | None = None
 
+    def to(self, dtype: torch.dtype) -> Denominators:
+        """0-dimensional tensors would otherwise turn the loss into their own dtype."""
+        return Denominators(*(x.to(dtype) if isinstance(x, Tensor) else x for x in self))
+
 
 class Sequences:
     """Sums over the tokens of each sequence, and values spread over its tokens.

@@ -113,6 +113,7 @@ class _Tokens(NamedTuple):
 def policy_loss(loss: Any, batch: Batch, given: Denominators) -> tuple[Tensor, Tensor]:
     """The loss, 0-dimensional, and the metrics' vector: SUMS, then MAXIMA, without gradient."""
     ones = torch.ones_like(batch.logprobs)
+    given = given.to(ones.dtype)
     mask = ones if batch.mask is None else batch.mask.to(ones.dtype)
     sequences = Sequences(mask, batch.offsets)
     spread = batch.advantage_per_sequence
@@ -174,6 +175,9 @@ def policy_loss(loss: Any, batch: Batch, given: Denominators) -> tuple[Tensor, T
     if phi is not None:
         by_sequence = sequences if spread else None
         sums["vespo_phi"], sums["vespo_units"] = _mean_parts(phi, mask, by_sequence)
+        if spread:
+            # A sequence without a token has phi(w = 1) = 1, as in TRL.
+            sums["vespo_phi"] = sums["vespo_phi"] + (sequences.length == 0).sum()
     ratio_sums, maxima = _ratio_metrics(loss, d, ratio, clipped, mask, sequences)
     sums |= ratio_sums
     vector = [sums.get(name, mask.new_zeros(())) for name in SUMS]
@@ -274,7 +278,7 @@ def _surrogate(loss: Any, ratio: Tensor, tokens: _Tokens) -> tuple[Tensor, _Clip
     if loss.dual_clip is not None:
         floor = -loss.dual_clip * advantages
         value = torch.where(advantages < 0, torch.minimum(value, floor), value)
-        dual = (advantages < 0) & (ratio > loss.dual_clip)
+        dual = (advantages < 0) & (capped > loss.dual_clip)
     return value, nowhere._replace(
         low=(capped < low) & (advantages < 0), high=(capped > high) & (advantages > 0), dual=dual
     )
