@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import random
 
 import pytest
@@ -227,3 +228,13 @@ def test_k3_is_exact_near_zero(backend, x):
     if abs(x) >= 1e-4:
         # The value is of the size of expm1 - x, whose terms are x: 5.0e-9 at 1e-4, and not 0.
         assert out.loss.item() == pytest.approx(float(torch.expm1(exact) - exact), rel=2e-3)
+
+
+@pytest.mark.parametrize(("A", "expected"), [(1.0, 0.0), (-1.0, 1.15)])
+def test_a_cap_inside_the_clip_range_stops_only_the_capped_branch(backend, A, expected):
+    """1.1 < r = 1.15 < 1.2: with A > 0 the capped branch is the smaller and constant; with A < 0
+    the clipped one is, whose bounds are not reached."""
+    old = -1.0
+    logp = old + math.log(1.15)
+    grad = one_token(backend, PolicyLoss(ratio_cap=1.1), logp=logp, old=old, A=A)
+    assert grad == pytest.approx(expected, rel=1e-6)
