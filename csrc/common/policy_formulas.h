@@ -102,7 +102,11 @@ RLKERN_INLINE SurrogateTerm<T> clip_term(const PolicyOptions& o, T r, T a) {
   const T clip_part = product(clamped(r, o.ratio_low, o.ratio_high), a);
   const auto is_free = free_part <= clip_part;
   T loss = -(is_free ? free_part : clip_part);
-  T slope = (is_free & !(r > o.ratio_cap)) ? -free_part : T{};
+  // Inside the range the clipped branch is r A too, and the smaller one where a cap below the
+  // range's end holds the other.
+  const auto free_slope = is_free & !(r > o.ratio_cap);
+  const auto clip_slope = !is_free & (r >= o.ratio_low) & (r <= o.ratio_high);
+  T slope = (free_slope | clip_slope) ? loss : T{};
   const T ceiling = -o.dual_clip * a;
   const auto over = (a < 0.0f) & (loss > ceiling);
   loss = over ? ceiling : loss;
@@ -112,7 +116,7 @@ RLKERN_INLINE SurrogateTerm<T> clip_term(const PolicyOptions& o, T r, T a) {
           T{},
           ((capped < o.ratio_low) & (a < 0.0f)) ? one : T{},
           ((capped > o.ratio_high) & (a > 0.0f)) ? one : T{},
-          ((a < 0.0f) & (r > o.dual_clip)) ? one : T{},
+          ((a < 0.0f) & (capped > o.dual_clip)) ? one : T{},
           T{}};
 }
 

@@ -296,7 +296,8 @@ void sequence(const PolicyOptions& o, const PolicySequence& s, PolicyTotals* out
   t.sum[kKept] += o.off_policy() ? sum[kKeep] : (double)count;
   if (kSurrogate == SurrogateKind::kVespo) {
     const bool one_advantage = s.advantages == nullptr;
-    t.sum[kVespoPhi] += one_advantage ? sum[kPhi] / length : sum[kPhi];
+    const double phi = s.advantage >= 0 ? state.phi_pos : state.phi_neg;
+    t.sum[kVespoPhi] += one_advantage ? phi : sum[kPhi];
     t.sum[kVespoUnits] += one_advantage ? 1.0 : (double)count;
   }
   t.raise(kRatioMax, by_sequence ? state.ratio : reduce_max(ratio_max));
