@@ -165,7 +165,7 @@ CALLS = [
 
 
 @pytest.mark.parametrize(
-    ("fields", "arguments", "error", "message"), CALLS, ids=lambda x: str(x)[:40]
+    ("fields", "arguments", "error", "message"), CALLS, ids=[str(call[-1])[:40] for call in CALLS]
 )
 def test_calls(fields, arguments, error, message):
     given = {"logprobs": X, "advantages": torch.ones(3)} | arguments
