@@ -6,33 +6,14 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
-from batches import RTOL, call, random_batch, used_by
+from batches import RTOL, call, random_batch
+from metrics_of_parts import loss_of, metrics_of, process
 
 from rlkern import PolicyLoss
-from rlkern.losses import PRESETS, RolloutCorrection
+from rlkern.losses import PRESETS
 
 PARTS = (slice(0, 3), slice(3, 4), slice(4, 8))
-
-
-def loss_of(preset):
-    return PolicyLoss.preset(
-        preset,
-        kl_coef=0.1,
-        entropy_coef=0.1,
-        off_policy_threshold=0.05,
-        correction=RolloutCorrection(high=1.5),
-    )
-
-
-def needed(loss):
-    return {"normalizer": 37.0} if loss.aggregation == "seq_mean_token_sum_norm" else {}
-
-
-def metrics_of(loss, batch, dtype=torch.float32, rows=slice(None), **given):
-    batch = {name: x[rows] for name, x in used_by(loss, batch).items()}
-    return call(loss, batch, dtype, **needed(loss) | given).metrics
 
 
 def assert_same(merged, joined, rtol):
@@ -74,15 +55,6 @@ def test_a_part_in_which_nothing_counts_changes_nothing(backend):
     merged, alone = (joined + nothing).item_dict(), joined.item_dict()
     assert merged.pop("sequences") == 8 and alone.pop("sequences") == 4
     assert merged == pytest.approx(alone)
-
-
-def process(rank, file, preset, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    loss, batch = loss_of(preset), random_batch(8, 9)
-    mine = metrics_of(loss, batch, rows=slice(0, 3) if rank == 0 else slice(3, 8))
-    torch.save(mine.all_reduce().item_dict(), f"{folder}/{preset}-{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("preset", ["grpo", "gspo", "cispo"])
