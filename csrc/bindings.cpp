@@ -4,8 +4,13 @@
 
 #include "cpu/policy_loss.h"
 #include "cpu/token_logprobs.h"
+#include "cpu/value_loss.h"
 
 STABLE_TORCH_LIBRARY_IMPL(rlkern, CPU, m) {
+  m.impl("kl_penalty", TORCH_BOX(&rlkern::kl_penalty_cpu));
+  m.impl("kl_penalty_bwd", TORCH_BOX(&rlkern::kl_penalty_bwd_cpu));
+  m.impl("value_loss", TORCH_BOX(&rlkern::value_loss_cpu));
+  m.impl("value_loss_bwd", TORCH_BOX(&rlkern::value_loss_bwd_cpu));
   m.impl("policy_loss", TORCH_BOX(&rlkern::policy_loss_cpu));
   m.impl("policy_loss_bwd", TORCH_BOX(&rlkern::policy_loss_bwd_cpu));
   m.impl("token_logprobs", TORCH_BOX(&rlkern::token_logprobs_cpu));

@@ -5,8 +5,9 @@ from rlkern import _native
 _native.load()
 
 from rlkern._backend import use_backend  # noqa: E402
-from rlkern.losses import LossOutput, PolicyLoss, RolloutCorrection  # noqa: E402
+from rlkern.losses import LossOutput, PolicyLoss, RolloutCorrection, ValueLoss  # noqa: E402
 from rlkern.metrics import Metrics  # noqa: E402
+from rlkern.ops.kl_penalty import kl_penalty  # noqa: E402
 from rlkern.ops.token_logprobs import TokenLogprobs, token_logprobs  # noqa: E402
 
 __version__ = "0.1.0"
@@ -17,6 +18,8 @@ __all__ = [
     "PolicyLoss",
     "RolloutCorrection",
     "TokenLogprobs",
+    "ValueLoss",
+    "kl_penalty",
     "token_logprobs",
     "use_backend",
 ]

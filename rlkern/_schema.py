@@ -42,13 +42,29 @@ SCHEMAS = {
         "(Tensor grad_loss, Tensor grad_logprobs, Tensor grad_entropy, Tensor scale) "
         "-> (Tensor, Tensor)"
     ),
+    # -> loss [], metrics in float64, the gradient without the batch's denominator (or [0]), and
+    # what that is multiplied by, [1].
+    "value_loss": (
+        "(Tensor values, Tensor returns, Tensor? mask, Tensor? old_values, Tensor? offsets, "
+        "Tensor? normalizer, Tensor? num_sequences, float[] options, bool grad_values) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "value_loss_bwd": "(Tensor grad_loss, Tensor grad_values, Tensor scale) -> Tensor",
+    # Contiguous tensors of one shape; numbers are places in the lists of reference/kl_penalty.py.
+    "kl_penalty": (
+        "(Tensor logprobs, Tensor ref_logprobs, Tensor? mask, int estimator, int clamp) -> Tensor"
+    ),
+    "kl_penalty_bwd": (
+        "(Tensor grad, Tensor logprobs, Tensor ref_logprobs, Tensor? mask, int estimator, "
+        "int clamp) -> Tensor"
+    ),
 }
 
 # Backend -> suffix of its operators' names.
 SUFFIXES = {"native": "", "triton": "_triton", "eager": "_reference"}
 
 # Operators whose eager form is the definition itself, differentiated by autograd.
-WITHOUT_REFERENCE = ("policy_loss", "policy_loss_bwd")
+WITHOUT_REFERENCE = tuple(op for op in SCHEMAS if not op.startswith("token_logprobs"))
 
 LIBRARY = torch.library.Library("rlkern", "DEF")
 

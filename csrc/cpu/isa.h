@@ -3,11 +3,13 @@
 
 #include "kernels/policy_kernels.h"
 #include "kernels/row_kernels.h"
+#include "kernels/value_kernels.h"
 
 namespace rlkern {
 
 // Throws where RLKERN_CPU_ISA names an instruction set that is unknown or that the machine lacks.
 const RowKernels& row_kernels();
 const TokenKernels& token_kernels();
+const ValueKernels& value_kernels();
 
 }  // namespace rlkern

@@ -27,6 +27,16 @@ def register_fake(op: str, function: Callable[..., Any]) -> None:
         torch.library.register_fake(name, function, lib=LIBRARY)
 
 
+def refuse_create_graph(op: str) -> None:
+    """For a backward whose gradient was formed in the forward pass, and so carries no graph: a
+    penalty on it would be left out in silence."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"rlkern::{op}: expected a backward without create_graph: rlkern's operators have "
+            "first derivatives only. For a gradient penalty compute this part in eager PyTorch."
+        )
+
+
 def forbid_second_derivative(op: str) -> None:
     """Makes the derivative of a backward operator an error instead of a wrong number."""
 

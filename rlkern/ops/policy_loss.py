@@ -113,6 +113,7 @@ def _register_autograd() -> None:
     for backend in _register.backends("policy_loss"):
 
         def backward(ctx: Any, *grads: Tensor, backend: str = backend) -> Any:
+            _register.refuse_create_graph("policy_loss")
             scaled = _register.overload("policy_loss_bwd", backend)
             grad_logprobs, grad_entropy = scaled(grads[0], *ctx.saved_tensors)
             result: list[Tensor | None] = [None] * ctx.inputs

@@ -34,12 +34,11 @@ class Served(NamedTuple):
         return self.name != "eager"
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request, monkeypatch):
+def served(op, request, monkeypatch):
     """Serves the test by one backend, native ones by one build of their kernels."""
     name, _, detail = request.param.partition("-")
     dtype = torch.float64 if detail == "float64" else torch.float32
-    reason = _backend.why_not("policy_loss", name, "cpu", dtype)
+    reason = _backend.why_not(op, name, "cpu", dtype)
     if reason:
         pytest.skip(reason)
     if name == "native":
@@ -48,3 +47,15 @@ def backend(request, monkeypatch):
         monkeypatch.setenv("RLKERN_CPU_ISA", detail)
     with rlkern.use_backend(name):
         yield Served(name, dtype)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    yield from served("policy_loss", request, monkeypatch)
+
+
+@pytest.fixture(params=BACKENDS)
+def value_backend(request, monkeypatch):
+    """The dtype that the backend computes in."""
+    for backend in served("value_loss", request, monkeypatch):
+        yield backend.dtype

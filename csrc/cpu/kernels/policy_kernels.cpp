@@ -8,103 +8,26 @@
 #include "policy_kernels.h"
 
 // clang-format off: the formulas find the vectors' exp and log by their declarations before them.
-#include "simd.h"
+#include "token_blocks.h"
 #include "../../common/policy_formulas.h"
 // clang-format on
 
 namespace rlkern {
 namespace {
 
-constexpr int kChain = 32;
-
-// Sums of N quantities side by side, of which those that a loss does not ask for stay 0.
-template <int N>
-struct Sums {
-  double total[N] = {};
-  vfloat chain[N] = {};
-
-  __attribute__((always_inline)) void flush() {
-    for (int i = 0; i < N; ++i) {
-      double sum = 0;
-      for (int lane = 0; lane < kLanes; ++lane) sum += chain[i][lane];
-      total[i] += sum;
-      chain[i] = vfloat{};
-    }
-  }
-};
-
-RLKERN_INLINE vint lanes_below(long long count) {
-  vint lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  return lane < (int)(count < kLanes ? count : kLanes);
-}
-
-// kLanes tokens from `at` on; those beyond the sequence, which only its last block has, do not
-// count and are not read.
-template <bool kFull>
-struct Block {
-  const PolicySequence& s;
-  long long at;
-  vint counts;
-
-  __attribute__((always_inline)) Block(const PolicySequence& sequence, long long begin)
-      : s(sequence), at(begin) {
-    counts = kFull ? vint{} - 1 : lanes_below(s.size - at);
-    if (s.mask != nullptr) counts &= flags(s.mask);
-  }
-  __attribute__((always_inline)) unsigned long long lanes() const {
-    return kFull ? kLanes : s.size - at;
-  }
-  __attribute__((always_inline)) vint flags(const unsigned char* p) const {
-    unsigned char bytes[kLanes] = {};
-    if (kFull) return widen_bytes(p + at) != 0;
-    __builtin_memcpy(bytes, p + at, lanes());
-    return widen_bytes(bytes) != 0;
-  }
-  // Zeros where a token does not count, whatever stands there.
-  __attribute__((always_inline)) vfloat load(const float* p) const {
-    vfloat v = {};
-    __builtin_memcpy(&v, p + at, lanes() * sizeof(float));
-    return counts ? v : vfloat{};
-  }
-  __attribute__((always_inline)) void store(float* p, vfloat v) const {
-    __builtin_memcpy(p + at, &v, lanes() * sizeof(float));
-  }
-  __attribute__((always_inline)) PolicyInput<vfloat> input() const {
-    PolicyInput<vfloat> in;
-    in.logprob = load(s.logprobs);
-    in.old = s.old_logprobs != nullptr ? load(s.old_logprobs) : in.logprob;
-    in.ref = s.ref_logprobs != nullptr ? load(s.ref_logprobs) : vfloat{};
-    in.rollout = s.rollout_logprobs != nullptr ? load(s.rollout_logprobs) : vfloat{};
-    const vfloat same = vfloat{} + s.advantage;
-    in.advantage = s.advantages != nullptr ? load(s.advantages) : (counts ? same : vfloat{});
-    in.weight =
-        s.token_weights != nullptr ? load(s.token_weights) : (counts ? vfloat{} + 1.0f : vfloat{});
-    return in;
-  }
-};
-
-// Calls `body` with every block of the sequence, and flushes the sums after each chain.
-template <int N, typename Body>
-RLKERN_INLINE void for_blocks(const PolicySequence& s, Sums<N>* sums, Body body) {
-  long long i = 0;
-  while (i + kLanes <= s.size) {
-    const long long chain = i + kChain * kLanes;
-    const long long end = chain < s.size ? chain : s.size;
-    for (; i + kLanes <= end; i += kLanes) body(Block<true>(s, i));
-    sums->flush();
-  }
-  if (i < s.size) {
-    body(Block<false>(s, i));
-    sums->flush();
-  }
-}
-
-long long count_tokens(const PolicySequence& s) {
-  if (s.mask == nullptr) return s.size;
-  long long count = 0;
-  for (long long i = 0; i < s.size; ++i) count += s.mask[i] != 0;
-  return count;
+template <typename Block>
+RLKERN_INLINE PolicyInput<vfloat> policy_input(const PolicySequence& s, const Block& block) {
+  PolicyInput<vfloat> in;
+  in.logprob = block.load(s.logprobs);
+  in.old = s.old_logprobs != nullptr ? block.load(s.old_logprobs) : in.logprob;
+  in.ref = s.ref_logprobs != nullptr ? block.load(s.ref_logprobs) : vfloat{};
+  in.rollout = s.rollout_logprobs != nullptr ? block.load(s.rollout_logprobs) : vfloat{};
+  const vfloat same = vfloat{} + s.advantage;
+  in.advantage =
+      s.advantages != nullptr ? block.load(s.advantages) : (block.counts ? same : vfloat{});
+  in.weight = s.token_weights != nullptr ? block.load(s.token_weights)
+                                         : (block.counts ? vfloat{} + 1.0f : vfloat{});
+  return in;
 }
 
 // ---- what the terms need to know of the whole sequence -----------------------------------------
@@ -120,7 +43,7 @@ SequenceState sequence_state(const PolicyOptions& o, const PolicySequence& s, do
   enum { kD, kCorrection, kDrift, kLogWeight, kClipped, kWeight, kAdvantage, kCount };
   Sums<kCount> sums;
   for_blocks(s, &sums, [&](const auto& block) __attribute__((always_inline)) {
-    const PolicyInput<vfloat> in = block.input();
+    const PolicyInput<vfloat> in = policy_input(s, block);
     const vfloat d = in.logprob - in.old;
     sums.chain[kD] += kVespo ? clamped(d, -o.log_ratio_clamp, o.log_ratio_clamp) : d;
     const vfloat e = or_zero(in.old - in.rollout);
@@ -212,7 +135,7 @@ void sequence(const PolicyOptions& o, const PolicySequence& s, PolicyTotals* out
   vfloat ratio_max = vfloat{} - kInf, minus_ratio_min = ratio_max;
   for_blocks(s, &sums, [&](const auto& block) __attribute__((always_inline)) {
     const vint counts = block.counts;
-    const PolicyTerm<vfloat> t = policy_term<kSurrogate>(o, state, has_ref, block.input());
+    const PolicyTerm<vfloat> t = policy_term<kSurrogate>(o, state, has_ref, policy_input(s, block));
     vfloat* sum = sums.chain;
     sum[kLoss] += t.policy.loss;
     sum[kApprox] += t.approx_kl;
@@ -295,10 +218,9 @@ void sequence(const PolicyOptions& o, const PolicySequence& s, PolicyTotals* out
   t.sum[kRolloutWeightSquared] += corrected ? sum[kSquared] : (double)count;
   t.sum[kKept] += o.off_policy() ? sum[kKeep] : (double)count;
   if (kSurrogate == SurrogateKind::kVespo) {
-    const bool one_advantage = s.advantages == nullptr;
     const double phi = s.advantage >= 0 ? state.phi_pos : state.phi_neg;
-    t.sum[kVespoPhi] += one_advantage ? phi : sum[kPhi];
-    t.sum[kVespoUnits] += one_advantage ? 1.0 : (double)count;
+    t.sum[kVespoPhi] += s.one_advantage ? phi : sum[kPhi];
+    t.sum[kVespoUnits] += s.one_advantage ? 1.0 : (double)count;
   }
   t.raise(kRatioMax, by_sequence ? state.ratio : reduce_max(ratio_max));
   t.raise(kMinusRatioMin, by_sequence ? -state.ratio : reduce_max(minus_ratio_min));

@@ -11,6 +11,7 @@ struct PolicySequence {
   const float* logprobs;
   const float* advantages;  // null: all are `advantage`
   float advantage;
+  bool one_advantage;  // for the sequence; without tokens, the pointers do not tell
   const unsigned char* mask;
   const float* old_logprobs;
   const float* ref_logprobs;

@@ -1,0 +1,79 @@
+"""value_loss: the clipped value loss with its gradient and metrics from one pass.
+
+The public front is rlkern.ValueLoss. As in ops/policy_loss.py, the kernels return the gradient
+for an upstream of 1 without the batch's denominator.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlkern import _backend
+from rlkern.ops import _register
+from rlkern.reference import value_loss as reference
+from rlkern.reference.aggregation import AGGREGATIONS, Denominators
+
+
+def value_loss(
+    loss: Any, batch: reference.ValueBatch, given: Denominators
+) -> tuple[Tensor, Tensor]:
+    """The loss and the metrics' vector, float64 and without gradient.
+
+    Args:
+        loss: a ValueLoss.
+        batch: checked tensors of one dtype, consecutive along a sequence.
+        given: the denominators that the caller gave.
+    """
+    values = batch.values
+    backend = _backend.choose("value_loss", values.device.type, values.dtype)
+    if backend == "eager":
+        return reference.value_loss(loss, batch, given)
+    numbers = [
+        math.nan if value is None or isinstance(value, Tensor) else float(value)
+        for value in given[:2]
+    ]
+    options = [
+        math.inf if loss.clip is None else loss.clip,
+        float(AGGREGATIONS.index(loss.aggregation)),
+        float(loss.skip_empty),
+        *numbers,
+    ]
+    tensors = [value if isinstance(value, Tensor) else None for value in given[:2]]
+    grad = torch.is_grad_enabled() and values.requires_grad
+    value, vector, *_ = _register.overload("value_loss", backend)(*batch, *tensors, options, grad)
+    return value, vector
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, metrics, grad_values, scale = output
+    ctx.mark_non_differentiable(metrics, grad_values, scale)
+    ctx.save_for_backward(grad_values, scale)
+    ctx.inputs = len(inputs)
+
+
+def _backward(ctx: Any, *grads: Tensor) -> Any:
+    _register.refuse_create_graph("value_loss")
+    scaled = _register.overload("value_loss_bwd", "native")
+    return (scaled(grads[0], *ctx.saved_tensors), *[None] * (ctx.inputs - 1))
+
+
+def _fake(values, *rest):
+    return (
+        values.new_empty(()),
+        values.new_empty((len(reference.SUMS),), dtype=torch.float64),
+        values.new_empty(values.shape if rest[-1] else (0,)),
+        values.new_empty((1,)),
+    )
+
+
+_backend.register("value_loss")
+_register.register_fake("value_loss", _fake)
+_register.register_fake("value_loss_bwd", lambda grad_loss, grad, scale: torch.empty_like(grad))
+torch.library.register_autograd(
+    "rlkern::value_loss", _backward, setup_context=_setup_context, lib=_register.LIBRARY
+)
+_register.forbid_second_derivative("value_loss_bwd")
