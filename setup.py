@@ -26,6 +26,17 @@ ROOT = Path(__file__).resolve().parent
 DEFAULT_CUDA_ARCHS = "8.0;9.0a;10.0f;8.0+PTX"
 
 
+def load_environment():
+    """rlkern/_env.py by its path: importing the package would import torch."""
+    spec = importlib.util.spec_from_file_location("_rlkern_env", ROOT / "rlkern" / "_env.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+flag = load_environment().flag
+
+
 def torch_root() -> Path | None:
     """The torch package to build against; its headers are read, it is not imported.
 
@@ -39,10 +50,6 @@ def torch_root() -> Path | None:
         if (place / "include/torch/csrc/stable/ops.h").exists():
             return place
     return None
-
-
-def flag(name: str) -> bool:
-    return os.environ.get(name, "0").lower() not in ("", "0", "false", "no", "off")
 
 
 def find_nvcc() -> str | None:
@@ -75,6 +82,11 @@ class BuildLibraries(build_ext):
         mode = os.environ.get("RLKERN_BUILD_CUDA", "auto").lower()
         if mode not in ("auto", "0", "1"):
             raise SystemExit(f"RLKERN_BUILD_CUDA: expected auto, 0 or 1, got {mode!r}")
+        if mode == "1" and flag("RLKERN_SKIP_EXT"):
+            raise SystemExit(
+                "RLKERN_BUILD_CUDA=1 asks for the CUDA library and RLKERN_SKIP_EXT for none: "
+                "expected one of them, got both"
+            )
         nvcc = find_nvcc()
         if mode == "1" and nvcc is None:
             raise SystemExit("RLKERN_BUILD_CUDA=1, but nvcc is neither in CUDA_HOME nor on PATH")
@@ -92,6 +104,10 @@ class BuildLibraries(build_ext):
                 self.info["cuda"] = "not built: RLKERN_BUILD_CUDA=0"
             elif nvcc is None:
                 self.info["cuda"] = "not built: nvcc was not found"
+                missing.append(
+                    "no nvcc: neither CUDA_HOME nor PATH has one, so there are no CUDA kernels; "
+                    "Triton or eager PyTorch serve GPUs"
+                )
             else:
                 missing += self.build_cuda(nvcc, required=mode == "1")
         self.write_info()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -21,7 +22,10 @@ BACKENDS = ("native", "triton", "eager")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+# The use_backend blocks open in any thread, in the order of entry, and the last one's name.
+_blocks: list[_Block] = []
 _chosen: str | None = None
+_lock = threading.Lock()
 # Filled once: looking either up at every call would cost more than a small kernel does, and asking
 # the dispatcher is not something torch.compile can trace.
 _native_kernels: dict[tuple[str, str], bool] = {}  # (operator, device type) -> is implemented
@@ -45,13 +49,36 @@ def _validated(name: str, source: str) -> str | None:
     return name
 
 
+class _Block:
+    """An open use_backend block; a class, since blocks of one name are not one block."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def _settle(entered: _Block | None, left: _Block | None) -> None:
+    global _chosen
+    # torch.compile can trace a block, but no lock, and traces in one thread at a time.
+    with nullcontext() if torch.compiler.is_compiling() else _lock:
+        if entered is not None:
+            _blocks.append(entered)
+        if left is not None:
+            _blocks.remove(left)
+        _chosen = _blocks[-1].name if _blocks else None
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Serves the calls inside the ``with`` block by one backend, in the whole process.
 
-    The choice is made when an operator is called; its backward runs on the same backend wherever
-    it is called from. A compiled function keeps the backend it was traced with, and is traced
-    again under another.
+    The choice is made when an operator is called; its backward runs on the backend that the
+    forward saved, on whichever thread autograd runs it. A compiled function keeps the backend it
+    was traced with, and is traced again under another.
+
+    Threads share the choice: of the blocks open in any thread the one entered last holds, for
+    all of them, and each block takes away its own choice alone, in whatever order they end.
+    (A choice per thread would not reach autograd's threads, where activation checkpointing calls
+    the forward again on a GPU; nor can torch.compile trace a context variable.)
 
     Args:
         name: "native" (C++ and CUDA), "triton", "eager" (PyTorch), or "auto".
@@ -59,12 +86,12 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: an unknown name. A backend that cannot serve a call raises RuntimeError there.
     """
-    global _chosen
-    before, _chosen = _chosen, _validated(name, "use_backend(name)") or "auto"
+    block = _Block(_validated(name, "use_backend(name)") or "auto")
+    _settle(block, None)
     try:
         yield
     finally:
-        _chosen = before
+        _settle(None, block)
 
 
 _environment = _validated(os.environ.get("RLKERN_BACKEND") or "auto", "RLKERN_BACKEND")

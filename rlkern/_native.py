@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import json
-import os
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from rlkern._env import flag
 
 FOLDER = Path(__file__).resolve().parent
 FILES = {"cpu": "_C.abi3.so", "cuda": "_C_cuda.abi3.so"}
@@ -28,13 +30,15 @@ def build_info() -> dict[str, Any]:
         return {}
 
 
-def strict() -> bool:
-    return os.environ.get("RLKERN_STRICT", "0").lower() not in ("", "0", "false", "no", "off")
-
-
 def load() -> None:
-    """Loads what was built. Without the CPU library: one warning, or with RLKERN_STRICT=1 an
-    ImportError."""
+    """Loads what was built. What is missing is one warning for each device, and with
+    RLKERN_STRICT=1 an ImportError.
+
+    The CUDA library counts as missing under a torch with CUDA: where it does not load, where there
+    is a GPU that it would serve, and under RLKERN_STRICT=1 without a GPU too.
+    """
+    strict = flag("RLKERN_STRICT")
+    flag("RLKERN_DEBUG")  # said now rather than at the first call that looks at it
     info = build_info()
     for device, name in FILES.items():
         path = FOLDER / name
@@ -50,14 +54,27 @@ def load() -> None:
                 problems[device] = ""
             except OSError as error:
                 problems[device] = f"failed to load: {error}"
+    messages = []
     if problems["cpu"]:
-        message = (
+        messages.append(
             f"rlkern: no compiled CPU kernels ({problems['cpu']}); "
             "operators on the CPU run in eager PyTorch, slower. "
             "`python -m rlkern.info` says what is there."
         )
-        if strict():
-            raise ImportError(message + " RLKERN_STRICT=1 makes this an error.")
+    if problems["cuda"] and torch.version.cuda is not None:
+        # Asked of the driver's management library where it is there: a CUDA context made by an
+        # import would break processes that fork afterwards.
+        if strict or (FOLDER / FILES["cuda"]).exists() or torch.cuda.device_count() > 0:
+            triton = importlib.util.find_spec("triton") is not None
+            instead = "Triton" if triton else "eager PyTorch (triton is not installed either)"
+            messages.append(
+                f"rlkern: no compiled CUDA kernels ({problems['cuda']}); "
+                f"operators on a GPU run in {instead}, slower. "
+                "`python -m rlkern.info` says what is there."
+            )
+    if messages and strict:
+        raise ImportError(" ".join(messages) + " RLKERN_STRICT=1 makes this an error.")
+    for message in messages:
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 

@@ -11,8 +11,10 @@ import json
 import math
 import os
 import platform
+import queue
 import subprocess
 import sys
+import threading
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +26,9 @@ import torch
 from benchmarks.gpu import registry, timing
 
 ROOT = Path(__file__).resolve().parents[2]
+# The most that one contestant may take, compiling included, and what lies before the first one and
+# between two: imports, the inputs of a case.
+CONTESTANT_SECONDS, START_SECONDS = 180.0, 300.0
 PACKAGES = ("torch", "triton", "trl", "liger-kernel", "flash-attn", "quack-kernels")
 
 
@@ -122,8 +127,28 @@ def describe(device: str) -> dict[str, Any]:
     return about
 
 
-def supervise(out: Path, device: str, tiny: bool, seconds: float) -> dict[str, Any]:
-    """The parent: starts children until all is done or the time is spent."""
+def lines_of(child: subprocess.Popen[str]) -> queue.Queue[str | None]:
+    """What a child prints, and None at its end: a queue can be waited for with a limit."""
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        assert child.stdout is not None
+        for line in child.stdout:
+            lines.put(line)
+        lines.put(None)
+
+    # A daemon: a compiler's worker that outlives the child may hold the pipe open.
+    threading.Thread(target=read, daemon=True).start()
+    return lines
+
+
+def supervise(
+    out: Path, device: str, tiny: bool, seconds: float, each: float = CONTESTANT_SECONDS
+) -> dict[str, Any]:
+    """The parent: starts children until all is done or the time is spent.
+
+    A contestant that takes longer than `each` seconds is stopped with its child and left out.
+    """
     deadline = time.monotonic() + seconds
     results: dict[str, Any] = {"about": describe(device), "entries": {}}
     results["ceilings"] = timing.ceilings(device)
@@ -140,26 +165,42 @@ def supervise(out: Path, device: str, tiny: bool, seconds: float) -> dict[str, A
         assert child.stdin is not None and child.stdout is not None
         child.stdin.write(json.dumps(sorted(entries)) + "\n")
         child.stdin.close()
-        current = None
-        for line in child.stdout:
+        lines, current, limit = lines_of(child), None, START_SECONDS
+        since = time.monotonic()
+        while True:
+            until = min(deadline, since + limit)
+            left = until - time.monotonic()
+            try:
+                line = lines.get(timeout=min(left, 60)) if left > 0 else lines.get_nowait()
+            except queue.Empty:
+                if left > 0:
+                    continue
+                # Killed here, not at its next line: what hangs prints none.
+                child.kill()
+                break
+            if line is None:
+                break
             if not line.startswith("@@"):
                 print(line, end="")
                 continue
             said = json.loads(line[2:])
+            since = time.monotonic()
             if "begin" in said:
-                current = said["begin"]
+                current, limit = said["begin"], each
             else:
-                entries[said["key"]], current = said["entry"], None
+                entries[said["key"]], current, limit = said["entry"], None, START_SECONDS
                 print(said["key"], said["entry"].get("seconds", said["entry"].get("reason")))
             (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
             if time.monotonic() > deadline:
                 child.kill()
         code = child.wait()
-        late = time.monotonic() > deadline
+        late = time.monotonic() >= deadline
         if current is not None and not late:
             operator, task, name = current.split("/", 2)
+            slow = time.monotonic() - since >= each
+            reason = f"it took longer than {each:g} s" if slow else f"its process ended with {code}"
             entries[current] = {
-                "status": "skipped", "reason": f"its process ended with {code}",
+                "status": "skipped", "reason": reason,
                 "operator": operator, "task": task, "name": name, "shape": "", "target": None,
             }  # fmt: skip
         if late:

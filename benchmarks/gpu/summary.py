@@ -30,6 +30,10 @@ def stages(path: Path) -> list[str]:
 
 
 def table(results: dict[str, Any]) -> list[str]:
+    # A run that was stopped early, or a file of another kind.
+    lacking = [part for part in ("about", "ceilings", "entries") if part not in results]
+    if lacking:
+        raise ValueError(f"results.json lacks {', '.join(lacking)}")
     about, ceilings = results["about"], results["ceilings"]
     gpu = about["device"] == "cuda"
     copy = ceilings["copy_bytes_per_second"]

@@ -50,7 +50,7 @@ struct Rows {
   Rows(const Tensor& logits, const Tensor& token_ids, const std::optional<Tensor>& mask_,
        const std::optional<Tensor>& token_temperature_, double temperature,
        std::optional<double> softcap_)
-      : grid(token_grid(logits, logits.dim() - 1, "logits")),
+      : grid(token_grid(logits, token_dims(logits), "logits")),
         type(logit_type(logits)),
         element_size(type == LogitType::kFloat ? 4 : 2),
         data(static_cast<char*>(logits.data_ptr())),
@@ -59,7 +59,7 @@ struct Rows {
         mask(mask_, logits, ScalarType::Bool, "mask"),
         token_temperature(token_temperature_, logits, ScalarType::Float, "temperature"),
         inv_temperature(static_cast<float>(1.0 / temperature)),
-        softcap(static_cast<float>(softcap_.value_or(0.0))) {
+        softcap(softcap_or_none(softcap_)) {
     check(vocab > 0, "logits: expected at least one value per row, got none");
     check(vocab == 1 || logits.stride(logits.dim() - 1) == 1,
           "logits: expected rows of consecutive values, got a stride of ",

@@ -30,15 +30,15 @@ struct Slice {
   const typename Type::Scalar* x;
   int count;       // elements in the slice
   int room;        // elements from x to the end of the row, or a large number
-  bool first;      // x is where the row begins
   unsigned shift;  // bytes from the 16-byte boundary at or below x to x
+  bool outside;    // that boundary lies before the row: x is less than `shift` bytes into it
 
   RLKERN_HD Slice(const typename Type::Scalar* row, int64_t vocab, int64_t begin, int64_t end)
       : x(row + begin),
         count(static_cast<int>((end < vocab ? end : vocab) - begin)),
         room(static_cast<int>(vocab - begin < (1 << 30) ? vocab - begin : 1 << 30)),
-        first(begin == 0),
-        shift(static_cast<unsigned>(reinterpret_cast<uintptr_t>(x) & 15u)) {}
+        shift(static_cast<unsigned>(reinterpret_cast<uintptr_t>(x) & 15u)),
+        outside(begin * static_cast<int64_t>(sizeof(*row)) < static_cast<int64_t>(shift)) {}
 };
 
 // 16 bytes at `shift` into 32, selected word by word: a run-time index would put them into memory.
@@ -70,7 +70,7 @@ RLKERN_INLINE Pack load_vector(const Slice<Type>& slice, int v) {
     return kStreamed ? load_pack_streamed(slice.x + begin) : load_pack(slice.x + begin);
   }
   if (begin >= slice.count) return minus_infinity_pack<Type>();
-  if (slice.shift != 0 && begin + 2 * kLanes <= slice.room && !(slice.first && v == 0) &&
+  if (slice.shift != 0 && begin + 2 * kLanes <= slice.room && !(slice.outside && v == 0) &&
       begin + kLanes <= slice.count) {
     const char* aligned = reinterpret_cast<const char*>(slice.x + begin) - slice.shift;
     return shifted_pack(load_pack(aligned), load_pack(aligned + 16), slice.shift);

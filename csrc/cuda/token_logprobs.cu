@@ -44,14 +44,14 @@ LogitRows<Type> logit_rows(const Tensor& logits, const Tensor& token_ids,
                            std::optional<double> softcap) {
   LogitRows<Type> rows;
   rows.x = static_cast<const typename Type::Scalar*>(logits.data_ptr());
-  rows.grid = token_grid(logits, logits.dim() - 1, "logits");
+  rows.grid = token_grid(logits, token_dims(logits), "logits");
   rows.vocab = logits.size(logits.dim() - 1);
   rows.ids = TokenView<const int64_t>(token_ids, logits, ScalarType::Long, "token_ids");
   rows.mask = TokenView<const bool>(mask, logits, ScalarType::Bool, "mask");
   rows.token_temperature =
       TokenView<const float>(token_temperature, logits, ScalarType::Float, "temperature");
   rows.inv_temperature = static_cast<float>(1.0 / temperature);
-  rows.softcap = static_cast<float>(softcap.value_or(0.0));
+  rows.softcap = softcap_or_none(softcap);
   check(rows.vocab > 0, "logits: expected at least one value per row, got none");
   check(rows.vocab == 1 || logits.stride(logits.dim() - 1) == 1,
         "logits: expected rows of consecutive values, got a stride of ",
@@ -133,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs_cuda(Tensor logits, Tensor tok
                                                        std::optional<double> softcap,
                                                        bool return_entropy) {
   const OnDeviceOf on(logits);
-  std::vector<int64_t> sizes(logits.sizes().begin(), logits.sizes().end() - 1);
+  std::vector<int64_t> sizes(logits.sizes().begin(), logits.sizes().begin() + token_dims(logits));
   const auto floats = [&](const std::vector<int64_t>& shape) {
     return torch::stable::new_empty(logits, shape, ScalarType::Float);
   };

@@ -11,7 +11,9 @@ https://arxiv.org/abs/2402.03300). Log-probabilities and entropy come from rlker
 from __future__ import annotations
 
 import copy
+import math
 import random
+import re
 import sys
 import time
 from dataclasses import dataclass, field
@@ -69,8 +71,19 @@ class GRPOConfig:
     shuffle_rewards: bool = option(False, "Control: hand out each round's rewards at random.")
 
     def __post_init__(self) -> None:
+        # More threads than any machine has crash OpenMP; the sums grow as max_operand squared, and
+        # below 34 there are too few to hold 600 out of training; torch takes 64 bits of seed.
+        ranges = {
+            "threads": (1, 1024), "max_operand": (34, 999), "seed": (0, 2**63 - 1),
+            "warm_start_accuracy": (0, 1), "temperature": (1e-3, 1e3),
+        }  # fmt: skip
+        for name, (low, high) in ranges.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(
+                    f"{name}: expected a number from {low} to {high}, got {getattr(self, name)}"
+                )
         least = {
-            "threads": 1, "max_operand": 1, "hidden_size": 1, "num_layers": 1, "num_heads": 1,
+            "hidden_size": 1, "num_layers": 1, "num_heads": 1,
             "warm_start_steps": 0, "warm_start_batch_size": 1, "steps": 0, "prompts_per_step": 1,
             "group_size": 2, "epochs": 1, "minibatches": 1, "eval_every": 1, "kl_coef": 0,
             "entropy_coef": 0, "advantage_eps": 0, "clip_low": 0, "clip_high": 0,
@@ -78,7 +91,10 @@ class GRPOConfig:
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
                 raise ValueError(f"{name}: expected at least {bound}, got {getattr(self, name)}")
-        for name in ("temperature", "learning_rate", "warm_start_learning_rate", "max_grad_norm"):
+        for name in ("kl_coef", "entropy_coef", "advantage_eps"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}: expected a finite number, got {getattr(self, name)}")
+        for name in ("learning_rate", "warm_start_learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         if not self.clip_low < 1:
@@ -94,8 +110,27 @@ class GRPOConfig:
                 f"minibatches: expected at most prompts_per_step * group_size = {completions}, "
                 f"got {self.minibatches}"
             )
-        if self.device not in ("auto", "cpu") and not self.device.startswith("cuda"):
-            raise ValueError(f"device: expected auto, cpu or cuda, got {self.device!r}")
+        check_device(self.device)
+        folder = Path(self.output_dir)
+        for place in (folder, *folder.parents):
+            if place.exists() and not place.is_dir():
+                raise ValueError(
+                    f"output_dir: expected a folder, or one that can be made, got "
+                    f"{self.output_dir!r}, where {str(place)!r} is a file"
+                )
+
+
+def check_device(name: str) -> None:
+    """Raises ValueError for a device that this machine does not have."""
+    if name in ("auto", "cpu"):
+        return
+    if not re.fullmatch(r"cuda(:\d{1,3})?", name):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:<number>, got {name!r}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise ValueError(f"device: expected auto or cpu, as torch finds no GPU here, got {name!r}")
+    if int(name.partition(":")[2] or 0) >= count:
+        raise ValueError(f"device: expected one of the {count} GPUs here, got {name!r}")
 
 
 # ---- the algorithm ----------------------------------------------------------------------------

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from rlkern._env import flag
 
 # Beyond these fp32, in which kernels compute, holds the number or its inverse as 0 or infinity.
 SMALLEST, LARGEST = 1e-37, 1e37
@@ -162,7 +163,7 @@ def values_are_checked(tensor: Tensor) -> bool:
     """Whether values may be looked at here: never while a graph is being traced."""
     if torch.compiler.is_compiling() or tensor.is_meta or type(tensor) is not Tensor:
         return False
-    return tensor.device.type == "cpu" or os.environ.get("RLKERN_DEBUG") == "1"
+    return tensor.device.type == "cpu" or flag("RLKERN_DEBUG")
 
 
 def first_offence(bad: Tensor, mask: Tensor | None) -> tuple[int, ...] | None:

@@ -42,11 +42,21 @@ _STEPS = 4
 _BACKWARD_BLOCK = 4096
 # With a softcap arithmetic is the bound, and half as many values at a time keep it in registers.
 _STEPS_CAPPED = 2
+# In fp32 the same number of values as more steps of fewer lanes, still 16 bytes a thread: fewer
+# lane states to keep, without which Triton 3.8 puts some on the stack for sm_100.
+_TILE_CAPPED_FP32 = (512, 4)
 _BACKWARD_BLOCK_CAPPED = 2048
 # Without it the compiler may contract products and sums differently in each specialisation of a
 # kernel (stride, alignment), and a row's result would depend on where it lies in memory. Where a
 # fused product is wanted the kernels say tl.fma.
 _OPTIONS = {"enable_fp_fusion": False}
+
+
+def _tile(fp32, capped):
+    """Lanes and steps of the forward pass."""
+    if not capped:
+        return _LANES, _STEPS
+    return _TILE_CAPPED_FP32 if fp32 else (_LANES, _STEPS_CAPPED)
 
 
 @triton.jit
@@ -408,9 +418,9 @@ def forward(
         rows.vocab, rows.segments, rows.inner, *rows.strides, return_entropy,
     )  # fmt: skip
     with torch.cuda.device_of(logits):
-        steps = _STEPS if softcap is None else _STEPS_CAPPED
+        lanes, steps = _tile(logits.dtype == torch.float32, softcap is not None)
         _segment_kernel[(rows.rows * rows.segments,)](
-            *args, SEGMENT=_SEGMENT, LANES=_LANES, STEPS=steps, num_warps=4, **_OPTIONS
+            *args, SEGMENT=_SEGMENT, LANES=lanes, STEPS=steps, num_warps=4, **_OPTIONS
         )
         if partial is not None:
             power = triton.next_power_of_2(rows.segments)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -63,6 +64,55 @@ def test_a_library_that_was_built_and_is_gone_is_not_called_built(tmp_path, monk
         RuntimeWarning, match=r"no compiled CPU kernels \(built, but the file is gone"
     ):
         _native.load()
+
+
+@pytest.fixture
+def cuda_torch(monkeypatch):
+    """This torch as one with CUDA: load() again, with a CUDA library of another path."""
+    if not (_native.FOLDER / _native.FILES["cpu"]).exists():
+        pytest.skip("the CPU library is not built here")
+    monkeypatch.delenv("RLKERN_STRICT", raising=False)
+    monkeypatch.setattr(_native, "problems", {})
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    def prepare(library, gpus):
+        monkeypatch.setitem(_native.FILES, "cuda", str(library))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+
+    return prepare
+
+
+def loaded():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _native.load()
+    return [str(w.message) for w in caught]
+
+
+def test_a_missing_cuda_library_is_said_once_where_there_is_a_gpu(cuda_torch, monkeypatch):
+    cuda_torch("_C_absent.so", gpus=1)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    (warning,) = loaded()
+    assert "no compiled CUDA kernels" in warning and "triton is not installed" in warning
+    cuda_torch("_C_absent.so", gpus=0)
+    assert loaded() == []
+
+
+def test_a_cuda_library_that_does_not_load_is_said(cuda_torch, tmp_path):
+    (tmp_path / "broken.so").write_text("no library")
+    cuda_torch(tmp_path / "broken.so", gpus=0)
+    (warning,) = loaded()
+    assert "no compiled CUDA kernels (failed to load" in warning
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_strict_wants_the_cuda_library_of_a_torch_with_cuda(cuda_torch, monkeypatch, gpus):
+    cuda_torch("_C_absent.so", gpus)
+    monkeypatch.setenv("RLKERN_STRICT", "1")
+    with pytest.raises(ImportError, match="no compiled CUDA kernels.*RLKERN_STRICT=1"):
+        _native.load()
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert loaded() == []
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +262,31 @@ def test_asking_for_cuda_without_nvcc_fails_loudly(source, tmp_path):
     assert "RLKERN_BUILD_CUDA=1, but nvcc" in error
     error = build(source, tmp_path, fails=True, RLKERN_BUILD_CUDA="yes")
     assert "RLKERN_BUILD_CUDA: expected auto, 0 or 1, got 'yes'" in error
+
+
+@pytest.mark.parametrize("mode", ["auto", "0"])
+def test_a_missing_nvcc_is_said_where_cuda_was_not_turned_off(source, tmp_path, mode):
+    """`false` for a compiler: the CPU library has failed by the time that nvcc is looked for."""
+    changes = {"CXX": shutil.which("false"), "RLKERN_BUILD_CUDA": mode}
+    env = environment(**changes) | {"PATH": without_compilers(tmp_path)}
+    arguments = (
+        sys.executable, "-W", "always", "setup.py", "-q", "build", "--build-base",
+        tmp_path / "temp", "--build-lib", tmp_path / "lib",
+    )  # fmt: skip
+    done = subprocess.run(list(map(str, arguments)), capture_output=True, text=True, cwd=source,
+                          env=env)  # fmt: skip
+    said = " ".join(done.stderr.split())
+    wanted = 1 if mode == "auto" else 0
+    assert done.returncode == 0
+    assert said.count("no nvcc: ") == said.count("Triton or eager PyTorch serve GPUs") == wanted
+    error = command(*arguments, cwd=source, env=env | {"RLKERN_STRICT": "1"}, fails=True)
+    assert "RLKERN_STRICT=1: _C failed to build" in error
+    assert error.count("no nvcc: ") == wanted
+
+
+def test_no_libraries_and_a_cuda_library_is_a_contradiction(source, tmp_path):
+    error = build(source, tmp_path, fails=True, RLKERN_SKIP_EXT="1", RLKERN_BUILD_CUDA="1")
+    assert "RLKERN_BUILD_CUDA=1" in error and "RLKERN_SKIP_EXT" in error and "got both" in error
 
 
 def test_skipping_the_extensions(source, tmp_path):

@@ -10,9 +10,12 @@ A softcap's value is right to 6 u c.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 from dataclasses import dataclass
 
+import emulated_kernels
 import pytest
 import torch
 
@@ -207,6 +210,44 @@ def test_sliced_sequences(emulated):
         dense = Inputs(view.logits.contiguous(), view.ids)
         for a, b in zip(check(emulated, view, inplace=False), check(emulated, dense), strict=True):
             assert torch.equal(a, b)
+
+
+@contextlib.contextmanager
+def unreadable(tensor):
+    """Under the address sanitizer (sanitize.sh) a kernel that reads the tensor dies."""
+    if emulated_kernels.SANITIZER != "address":
+        yield
+        return
+    process = ctypes.CDLL(None)
+    region = ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes)
+    process.__asan_poison_memory_region(*region)
+    try:
+        yield
+    finally:
+        process.__asan_unpoison_memory_region(*region)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [1003, 33001])
+def test_nothing_before_a_row_is_read(emulated, dtype, vocab):
+    """The first vector of a gradient aligned otherwise than the logits begins some elements into
+    the row, and the 16-byte boundary below those elements may lie before the row."""
+    dense = random_inputs(dtype, (1,), vocab)
+    half = 8 // dense.logits.element_size()  # elements from a boundary to the row
+    buffer = torch.full((vocab + 64,), torch.nan, dtype=dtype)
+    assert buffer.data_ptr() % 16 == 0
+    row = buffer[half : half + vocab].view(1, vocab)
+    row.copy_(dense.logits)
+    inputs = Inputs(row, dense.ids)
+    results = emulated.forward(*dense.args())
+    g, h = upstream((1,))
+    expected = emulated.backward(g, h, *dense.args(), *results)
+    for head in range(1, 2 * half):
+        out = torch.empty(vocab + 64, dtype=dtype)[2 * half - head :][:vocab].view(1, vocab)
+        with unreadable(buffer[:half]):
+            assert torch.equal(expected, emulated.backward(g, h, *inputs.args(), *results, out=out))
+    with unreadable(buffer[:half]):
+        assert all(map(torch.equal, emulated.forward(*inputs.args()), results))
 
 
 def test_one_row_for_all(emulated):

@@ -150,27 +150,64 @@ def test_verdicts():
     assert summary.verdict(absent, 100.0, True) == "left out: not installed"
 
 
-def test_a_contestant_that_kills_its_process_leaves_the_rest_to_be_measured(tmp_path, monkeypatch):
-    """As an illegal access does on a GPU."""
+@pytest.mark.parametrize("text", ["{}", '{"entries": {}}', "[]", "{"])
+def test_a_table_without_results_says_so(tmp_path, monkeypatch, capsys, text):
+    from benchmarks.gpu import summary
+
+    (tmp_path / "results.json").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["summary", str(tmp_path)])
+    summary.main()
+    assert "no benchmark results: " in capsys.readouterr().out
+
+
+@pytest.fixture
+def contestants(tmp_path, monkeypatch):
+    """Makes the children measure contestants that are given as Python text."""
     from benchmarks.gpu import run as runner
 
     case = tmp_path / "benchmarks_gpu_stub.py"
-    case.write_text(
-        "import os, sys\n"
-        "from benchmarks.gpu import registry, run\n"
-        "from benchmarks.gpu.bench_token_logprobs import TokenLogprobs, eager\n"
-        "class Case(TokenLogprobs):\n"
-        "    contestants = (registry.Contestant('forward', 'dies', lambda: os._exit(9)),\n"
-        "                   registry.Contestant('forward', 'lives', lambda: eager))\n"
-        "registry.discover = lambda: [Case]\n"
-        "run.main()\n"
-    )
     real = subprocess.Popen
 
     def child(command, **options):
         return real([command[0], str(case), *command[3:]], **options)
 
-    monkeypatch.setattr(runner.subprocess, "Popen", child)
+    def prepare(**builds):
+        listed = "".join(
+            f"registry.Contestant('forward', {name!r}, {build}), " for name, build in builds.items()
+        )
+        case.write_text(
+            "import os, sys, time\n"
+            "from benchmarks.gpu import registry, run\n"
+            "from benchmarks.gpu.bench_token_logprobs import TokenLogprobs, eager\n"
+            "class Case(TokenLogprobs):\n"
+            f"    contestants = ({listed})\n"
+            "registry.discover = lambda: [Case]\n"
+            "run.main()\n"
+        )
+        monkeypatch.setattr(runner.subprocess, "Popen", child)
+        return runner
+
+    return prepare
+
+
+def test_a_contestant_that_kills_its_process_leaves_the_rest_to_be_measured(tmp_path, contestants):
+    """As an illegal access does on a GPU."""
+    runner = contestants(dies="lambda: os._exit(9)", lives="lambda: eager")
     entries = runner.supervise(tmp_path, "cpu", True, 120)["entries"]
     assert entries["token_logprobs/forward/dies"]["reason"] == "its process ended with 9"
     assert entries["token_logprobs/forward/lives"]["status"] == "ok"
+
+
+def test_a_contestant_that_hangs_leaves_the_rest_to_be_measured(tmp_path, contestants):
+    runner = contestants(hangs="lambda: time.sleep(90)", lives="lambda: eager")
+    entries = runner.supervise(tmp_path, "cpu", True, 120, each=8)["entries"]
+    assert entries["token_logprobs/forward/hangs"]["reason"] == "it took longer than 8 s"
+    assert entries["token_logprobs/forward/lives"]["status"] == "ok"
+
+
+def test_the_time_for_everything_holds_while_nothing_is_printed(tmp_path, contestants):
+    runner = contestants(hangs="lambda: time.sleep(90)")
+    begin = time.monotonic()
+    results = runner.supervise(tmp_path, "cpu", True, 15)
+    assert time.monotonic() - begin < 60
+    assert results["stopped"].startswith("the time was spent") and not results["entries"]

@@ -181,12 +181,32 @@ def test_garbage_under_the_mask_changes_nothing():
     [
         ("group_size", 1), ("temperature", 0.0), ("temperature", math.nan), ("steps", -1),
         ("clip_low", 1.0), ("clip_high", -0.1), ("minibatches", 10**6), ("hidden_size", 10),
-        ("device", "tpu"), ("learning_rate", -1.0),
+        ("device", "tpu"), ("learning_rate", -1.0), ("threads", 100_000), ("threads", 0),
+        ("max_operand", 100_000), ("max_operand", 1), ("device", "cuda:x"), ("device", "cuda:99"),
+        ("seed", 10**19), ("seed", -1), ("kl_coef", math.inf), ("entropy_coef", math.inf),
+        ("warm_start_accuracy", math.nan), ("warm_start_accuracy", 2.0),
+        ("warm_start_accuracy", -1.0), ("temperature", 1e-45), ("output_dir", __file__),
+        ("output_dir", f"{__file__}/run"),
     ],
 )  # fmt: skip
 def test_bad_options_are_named(name, value):
     with pytest.raises(ValueError, match=f"^{name}: expected .*got"):
         GRPOConfig(**{name: value})
+
+
+def test_the_least_sums_are_enough():
+    least = GRPOConfig(max_operand=34).max_operand
+    assert len(Addition(least).splits(0).train) > 0
+    with pytest.raises(ValueError, match="max_operand"):
+        Addition(least - 1).splits(0)
+
+
+def test_a_gpu_that_is_not_there_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        parse(["--device", "cuda"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and "device: expected auto or cpu" in said and "'cuda'" in said
 
 
 def test_command_lines(capsys):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.utils.checkpoint import checkpoint
 
 import rlkern
@@ -319,6 +322,61 @@ def test_use_backend_nests_and_restores():
         with rlkern.use_backend("auto"):
             assert chosen() == usual
     assert chosen() == usual
+
+
+def test_overlapping_blocks_of_threads_leave_nothing_behind():
+    """A enters, B enters, A leaves, B leaves: each takes away its own choice."""
+    from rlkern import _backend
+
+    def chosen():
+        return _backend.choose("token_logprobs", "cpu", torch.float32)
+
+    usual = chosen()
+    turn = [threading.Event() for _ in range(3)]
+    seen = {}
+
+    def first():
+        with rlkern.use_backend("eager"):
+            turn[0].set()
+            turn[1].wait(60)
+            seen["the last entered holds in every thread"] = chosen()
+        turn[2].set()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    turn[0].wait(60)
+    with rlkern.use_backend("native"):
+        turn[1].set()
+        turn[2].wait(60)
+        seen["another's end changes nothing"] = chosen()
+    thread.join()
+    assert set(seen.values()) == {"native"} and len(seen) == 2
+    assert chosen() == usual
+
+
+def test_a_compiled_function_is_traced_once_per_backend():
+    logits, ids = example()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(rlkern.token_logprobs, fullgraph=True, backend=counter)
+    for names in ((), ("eager",), ("native",), ("eager",), ("native", "eager"), ("auto", "native")):
+        with contextlib.ExitStack() as blocks:
+            for name in names:
+                blocks.enter_context(rlkern.use_backend(name))
+            compiled(logits, ids)
+    assert counter.frame_count == 3
+
+
+def test_a_block_inside_a_compiled_function():
+    from rlkern import _backend
+
+    def inside(logits, ids):
+        with rlkern.use_backend("eager"):
+            return rlkern.token_logprobs(logits, ids)
+
+    logits, ids = example()
+    compiled = torch.compile(inside, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(logits, ids), inside(logits, ids))
+    assert not _backend._blocks and _backend._chosen is None
 
 
 def test_an_unknown_or_missing_instruction_set_is_an_error(monkeypatch):

@@ -226,6 +226,23 @@ def test_the_operators_guard_memory_where_no_python_check_runs():
         op(LOGITS, IDS, None, None, 0.0, None, False)
     with pytest.raises(RuntimeError, match="logits: expected float32"):
         op(LOGITS.double(), IDS, None, None, 1.0, None, False)
+    with pytest.raises(RuntimeError) as caught:
+        op(LOGITS[0, 0, 0], IDS[0, 0], None, None, 1.0, None, False)
+    # Not torch's error for a missing dimension, which names a header of the build machine.
+    assert str(caught.value) == "rlkern: logits: expected shape [..., V], got no dimensions"
+
+
+@pytest.mark.parametrize("softcap", [0.0, -30.0, float("nan"), float("inf"), 1e-50])
+def test_the_operators_refuse_a_softcap_that_the_kernels_would_leave_out(softcap):
+    args = (LOGITS, IDS, None, None, 1.0)
+    forward = torch.ops.rlkern.token_logprobs.default
+    backward = torch.ops.rlkern.token_logprobs_bwd.default
+    saved = forward(*args, None, False)
+    message = "softcap: expected a positive finite number"
+    with pytest.raises(RuntimeError, match=message):
+        forward(*args, softcap, False)
+    with pytest.raises(RuntimeError, match=message):
+        backward(torch.ones(2, 3), None, *args, softcap, *saved)
 
 
 def test_nothing_is_written_when_an_inplace_backward_is_refused():

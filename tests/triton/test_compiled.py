@@ -128,11 +128,12 @@ def test_forward(case, architecture, tmp_path):
 
     dtype, none, aligned = FORWARD[case]
     capped = "softcap" not in none
+    lanes, steps = kernels._tile(dtype == "fp32", capped)
     constants = {
         "ENTROPY": "no entropy" not in case,
         "SEGMENT": kernels._SEGMENT,
-        "LANES": kernels._LANES,
-        "STEPS": kernels._STEPS_CAPPED if capped else kernels._STEPS,
+        "LANES": lanes,
+        "STEPS": steps,
     }
     kernel = compiled(kernels._segment_kernel, dtype, none, aligned, constants, 4, architecture)
     code = check(case, kernel, tmp_path)
