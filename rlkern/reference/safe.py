@@ -10,11 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.where((a == 0) | (b == 0), 0.0, a * b)
+
+
+def _refuse_create_graph() -> None:
+    # These backwards carry no graph: a penalty on a gradient would be left out in silence.
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "expected a backward without create_graph: rlkern's operators have first derivatives "
+            "only"
+        )
 
 
 class _Product(torch.autograd.Function):
@@ -24,8 +32,8 @@ class _Product(torch.autograd.Function):
         return _product(a, b)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        _refuse_create_graph()
         a, b = ctx.saved_tensors
         return (
             _product(grad, b) if ctx.needs_input_grad[0] else None,
@@ -41,8 +49,8 @@ class _Exp(torch.autograd.Function):
         return e
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
+        _refuse_create_graph()
         return _product(grad, ctx.saved_tensors[0])
 
 
@@ -64,8 +72,8 @@ class _WithSlope(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
+        _refuse_create_graph()
         return None, None, _product(grad, ctx.saved_tensors[0])
 
 
