@@ -5,7 +5,7 @@
 A randomly initialised model is first shown a few right answers, until it is right now and then;
 from there on it learns from rewards alone. For each prompt it writes a group of completions, and
 each reward is normalised by its group's mean and standard deviation (Shao et al., 2024,
-https://arxiv.org/abs/2402.03300). Log-probabilities and entropy come from rlkern.
+https://arxiv.org/abs/2402.03300). Log-probabilities, entropy and the loss come from rlkern.
 """
 
 from __future__ import annotations
@@ -23,11 +23,21 @@ import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from rlkern import Metrics, PolicyLoss
 from rlkern_loops.log import RunLog, plot_curves
 from rlkern_loops.model import char_tokenizer, tiny_gpt2
 from rlkern_loops.rollout import Completions, completion_logprobs, sample
 from rlkern_loops.tasks import Addition, Problem
 from rlkern_loops.warmstart import warm_start
+
+# cleanrl's names for the metrics of the loss.
+LOGGED = {
+    "losses/policy_loss": "policy_loss",
+    "losses/approx_kl": "approx_kl",
+    "losses/clipfrac": "clip_frac",
+    "losses/entropy": "entropy",
+    "losses/kl": "kl",
+}
 
 
 def option(default, text: str):
@@ -148,56 +158,15 @@ def group_advantages(rewards: torch.Tensor, group_size: int, eps: float) -> torc
     return advantages.masked_fill(same.all(1, keepdim=True), 0.0).view(-1)
 
 
-def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """sum m x / max(sum m, 1), whatever a masked position holds."""
-    return values.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
-
-
-def grpo_loss(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    ref_logprobs: torch.Tensor | None = None,
-    kl_coef: float = 0.0,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """mean over tokens of -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_coef * KL.
-
-    r = exp(logp - old); KL is k3 = expm1(x) - x with x = ref - logp.
-
-    Args:
-        logprobs: [B, T], with gradient.
-        old_logprobs: [B, T], of the policy that wrote the completions.
-        advantages: [B], one per completion.
-        mask: [B, T] bool, the tokens that count.
-        clip_low: offset of the lower clip from 1.
-        clip_high: offset of the upper clip from 1.
-        ref_logprobs: [B, T], of the frozen reference; needed where kl_coef is not 0.
-        kl_coef: weight of the KL.
-
-    Returns:
-        The loss and its metrics, 0-dimensional.
-    """
-    log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0).clamp(-20, 20)
-    ratio = log_ratio.exp()
-    a = advantages[:, None]
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    policy_loss = masked_mean(-torch.minimum(ratio * a, clipped * a), mask)
-    with torch.no_grad():
-        beyond = ((ratio > 1 + clip_high) & (a > 0)) | ((ratio < 1 - clip_low) & (a < 0))
-        metrics = {
-            "losses/policy_loss": policy_loss.detach(),
-            "losses/approx_kl": masked_mean(torch.expm1(log_ratio) - log_ratio, mask),
-            "losses/clipfrac": masked_mean(beyond.float(), mask),
-        }
-    if kl_coef == 0:
-        return policy_loss, metrics
-    x = (ref_logprobs - logprobs).masked_fill(~mask, 0.0)
-    kl = masked_mean(torch.expm1(x) - x, mask)
-    return policy_loss + kl_coef * kl, metrics | {"losses/kl": kl.detach()}
+def objective(config: GRPOConfig) -> PolicyLoss:
+    """The clipped ratio, averaged over the tokens of a mini-batch, with k3 KL and entropy bonus."""
+    return PolicyLoss(
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        kl_coef=config.kl_coef,
+        entropy_coef=config.entropy_coef,
+        aggregation="token_mean",
+    )
 
 
 @torch.no_grad()
@@ -212,28 +181,24 @@ def greedy_accuracy(model, tokenizer, task: Addition, problems: list[Problem]) -
 
 def update(
     model, reference, optimizer, batch: Completions, advantages: torch.Tensor, config: GRPOConfig
-) -> dict[str, float]:
-    """One optimizer step on a mini-batch of completions."""
+) -> tuple[Metrics, float]:
+    """One optimizer step on a mini-batch: the metrics of its loss, and the norm of its gradient."""
     logprobs, entropy = completion_logprobs(model, batch, temperature=config.temperature)
     ref_logprobs = None
     if reference is not None:
         with torch.no_grad():
             ref_logprobs, _ = completion_logprobs(reference, batch, temperature=config.temperature)
-    loss, metrics = grpo_loss(
-        logprobs, batch.logprobs, advantages, batch.mask,
-        clip_low=config.clip_low, clip_high=config.clip_high,
-        ref_logprobs=ref_logprobs, kl_coef=config.kl_coef,
+    loss, metrics = objective(config)(
+        logprobs, advantages, old_logprobs=batch.logprobs, ref_logprobs=ref_logprobs,
+        entropy=entropy, mask=batch.mask,
     )  # fmt: skip
-    mean_entropy = masked_mean(entropy, batch.mask)
-    loss = loss - config.entropy_coef * mean_entropy
     if not torch.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss.item()}: the last step's weights are kept")
     optimizer.zero_grad()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     optimizer.step()
-    metrics |= {"losses/entropy": mean_entropy.detach(), "losses/grad_norm": norm}
-    return {name: float(value) for name, value in metrics.items()}
+    return metrics, norm.item()
 
 
 # ---- the run ----------------------------------------------------------------------------------
@@ -295,21 +260,20 @@ def train(config: GRPOConfig) -> dict[str, float]:
         advantages = group_advantages(rewards, config.group_size, config.advantage_eps)
 
         # Learn from them.
-        collected = []
+        collected, norms = [], []
         for _ in range(config.epochs):
             order = torch.randperm(len(rewards), generator=generator, device=device)
             for rows in order.chunk(config.minibatches):
-                collected.append(
-                    update(
-                        model,
-                        reference,
-                        optimizer,
-                        completions.select(rows),
-                        advantages[rows],
-                        config,
-                    )  # fmt: skip
+                found, norm = update(
+                    model, reference, optimizer, completions.select(rows), advantages[rows], config
                 )
-        metrics = {name: sum(m[name] for m in collected) / len(collected) for name in collected[0]}
+                collected.append(found)
+                norms.append(norm)
+        of_loss = sum(collected).item_dict()
+        metrics = {
+            name: of_loss[ours] for name, ours in LOGGED.items() if ours in of_loss
+        }  # fmt: skip
+        metrics["losses/grad_norm"] = sum(norms) / len(norms)
         spread = rewards.view(-1, config.group_size)
         metrics |= {
             "rollout/reward": rewards.mean().item(),

@@ -1,0 +1,203 @@
+"""PolicyLoss against eager PyTorch and torch.compile: loss, gradient and every metric.
+
+The eager lines are those that trainers carry (TRL's, with verl's metrics); each contestant returns
+the loss, the gradient with respect to the log-probabilities and the same metrics, as tensors, so
+that none of them is left uncomputed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.case import Case, Contestant, Floor
+
+TASK = "loss + gradient + metrics"
+SHAPE = {"sequences": 64, "tokens": 4096}
+QUICK_SHAPE = {"sequences": 8, "tokens": 256}
+KL_COEF = 0.04
+# Of the loss, the metrics and the gradient's largest entry, relative: sums of 1e5 fp32 terms in
+# torch's own order are good to about 1e-6, a ratio to 1e-6.
+TOLERANCE = 1e-4
+OBJECTIVES = {
+    "dapo + k3": {"clip": (0.2, 0.28), "kl": True, "sequence": False},
+    "gspo": {"clip": (3e-4, 4e-4), "kl": False, "sequence": True},
+}
+METRICS = ("approx_kl", "clip_frac_low", "clip_frac_high", "ratio_mean", "ratio_min", "ratio_max")
+
+
+def eager(objective: str, logprobs, old, ref, advantages, mask):
+    """Loss and metrics as a trainer writes them."""
+    options = OBJECTIVES[objective]
+    low, high = options["clip"]
+    count = mask.sum().clamp(min=1)
+    lengths = mask.sum(-1).clamp(min=1)
+    log_ratio = (logprobs - old) * mask
+    a = advantages[:, None]
+    if options["sequence"]:
+        ratio = (log_ratio.sum(-1, keepdim=True) / lengths[:, None]).exp()
+    else:
+        ratio = log_ratio.clamp(-20, 20).exp()
+    per_token = -torch.min(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
+    kl = None
+    if options["kl"]:
+        x = (ref - logprobs) * mask
+        kl = torch.expm1(x) - x
+        per_token = per_token + KL_COEF * kl
+    if options["sequence"]:
+        loss = ((per_token * mask).sum(-1) / lengths).mean()
+    else:
+        loss = (per_token * mask).sum() / count
+
+    def mean(x):
+        return x.mean() if options["sequence"] else (x * mask).sum() / count
+
+    with torch.no_grad():
+        if options["sequence"]:
+            least, most = ratio.min(), ratio.max()
+        else:
+            least = ratio.where(mask, torch.inf).min()
+            most = ratio.where(mask, -torch.inf).max()
+        metrics = {
+            "approx_kl": ((torch.expm1(log_ratio) - log_ratio) * mask).sum() / count,
+            "clip_frac_low": mean(((ratio < 1 - low) & (a < 0)).float()),
+            "clip_frac_high": mean(((ratio > 1 + high) & (a > 0)).float()),
+            "ratio_mean": mean(ratio),
+            "ratio_min": least,
+            "ratio_max": most,
+        }
+        if kl is not None:
+            metrics["kl"] = (kl * mask).sum() / count
+    return loss, metrics
+
+
+def build_eager(objective: str):
+    def run(*tensors):
+        return eager(objective, *tensors)
+
+    return run
+
+
+def build_compiled(objective: str):
+    return torch.compile(build_eager(objective), dynamic=False)
+
+
+def build_rlkern(objective: str):
+    import rlkern
+
+    preset = "gspo" if objective == "gspo" else "dapo"
+    has_kl = OBJECTIVES[objective]["kl"]
+    loss = rlkern.PolicyLoss.preset(preset, kl_coef=KL_COEF if has_kl else 0.0)
+
+    def run(logprobs, old, ref, advantages, mask):
+        with rlkern.use_backend("native"):
+            return loss(
+                logprobs,
+                advantages,
+                old_logprobs=old,
+                ref_logprobs=ref if has_kl else None,
+                mask=mask,
+            )
+
+    return run
+
+
+def task(objective: str) -> str:
+    return f"{TASK}, {objective}"
+
+
+def with_gradient(build, objective: str):
+    def build_task():
+        function = build(objective)
+
+        def run(logprobs, *rest):
+            loss, metrics = function(logprobs, *rest)
+            (gradient,) = torch.autograd.grad(loss, logprobs)
+            return loss, gradient, metrics
+
+        return run
+
+    return build_task
+
+
+def contestants():
+    builders = {"rlkern": build_rlkern, "eager": build_eager, "torch.compile": build_compiled}
+    return tuple(
+        Contestant(task(objective), name, with_gradient(build, objective))
+        for objective in OBJECTIVES
+        for name, build in builders.items()
+    )
+
+
+class PolicyLosses(Case):
+    """Ragged sequences of log-probabilities, half as long as the padding or longer."""
+
+    operator = "policy_loss"
+    contestants = contestants()
+    #: Three inputs are read where there is a KL term, and one gradient is written.
+    bounds = {task("dapo + k3"): ("read", "read", "copy"), task("gspo"): ("read", "copy")}
+
+    def __init__(self, sequences: int, tokens: int) -> None:
+        self.tolerance = TOLERANCE
+        generator = torch.Generator().manual_seed(0)
+        shape = (sequences, tokens)
+
+        def normal(*size):
+            return torch.randn(*size, generator=generator)
+
+        self.bulk = -normal(*shape).abs()
+        self.old = self.bulk + 0.1 * normal(*shape)
+        self.ref = self.bulk + 0.3 * normal(*shape)
+        self.advantages = normal(sequences)
+        lengths = torch.randint(tokens // 2, tokens + 1, (sequences, 1), generator=generator)
+        self.mask = torch.arange(tokens) < lengths
+        self.truth: dict[str, tuple] = {}
+
+    @staticmethod
+    def floors(**params: Any) -> tuple[Floor, ...]:
+        if params != SHAPE:
+            return ()
+        promised = {"dapo + k3": (10, 3), "gspo": (4, 2)}
+        return tuple(
+            Floor(f"{task(objective)}/rlkern", (f"{task(objective)}/{peer}",), least)
+            for objective, floors in promised.items()
+            for peer, least in zip(("eager", "torch.compile"), floors, strict=True)
+        )
+
+    def prepare(self, task: str) -> tuple[torch.Tensor, ...]:
+        leaf = self.bulk.detach().requires_grad_()
+        return leaf, self.old, self.ref, self.advantages, self.mask
+
+    def _expected(self, objective: str) -> tuple:
+        if objective not in self.truth:
+            tensors = (self.bulk, self.old, self.ref, self.advantages)
+            leaf, *rest = (x.double() for x in tensors)
+            leaf.requires_grad_()
+            loss, metrics = eager(objective, leaf, *rest, self.mask)
+            (gradient,) = torch.autograd.grad(loss, leaf)
+            self.truth[objective] = loss.detach(), gradient, metrics
+        return self.truth[objective]
+
+    def errors(self, task_name: str, outputs: Any) -> dict[str, float]:
+        """Errors against float64. loss and metrics: relative above 1. gradient: of the worst entry,
+        over the largest one."""
+        objective = task_name.removeprefix(f"{TASK}, ")
+        loss, gradient, metrics = outputs
+        true_loss, true_gradient, true_metrics = self._expected(objective)
+
+        def error(value, truth):
+            return ((value.double() - truth).abs() / truth.abs().clamp(min=1)).item()
+
+        difference = (gradient.double() - true_gradient).abs().max()
+        return {
+            "loss": error(loss.detach(), true_loss),
+            "gradient": (difference / true_gradient.abs().max()).item(),
+            "metrics": max(error(metrics[name], truth) for name, truth in true_metrics.items()),
+        }
+
+
+@pytest.mark.parametrize("contestant", [c.key for c in PolicyLosses.contestants])
+def test_policy_loss(contest, quick, contestant):
+    contest(PolicyLosses, QUICK_SHAPE if quick else SHAPE, contestant)
