@@ -16,6 +16,9 @@ The formulas and their guards against 0 * inf are csrc/common/policy_formulas.h'
 from __future__ import annotations
 
 import math
+from ctypes import c_float
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -24,9 +27,11 @@ from torch import Tensor
 
 from rlkern.triton._math import INF, clamped, exp, exp_and_expm1, expm1_less, product
 
-# 256 threads with 4 tokens each: the sums' lanes are what takes registers.
+# 512 threads with 2 tokens each: the sums' lanes are what takes registers. Left to itself ptxas
+# spills a little where that lets two programs share a multiprocessor.
 _BLOCK = 1024
-_WARPS = 8
+_WARPS = 16
+_MAX_REGISTERS = 128
 # Blocks whose terms a lane adds in fp32 before float64 takes over.
 _CHAIN = 16
 # Totals that the second launch adds at a time.
@@ -41,6 +46,8 @@ _COLUMNS = tl.constexpr(32)
 _METRIC_SUMS = tl.constexpr(18)
 _SUMS = tl.constexpr(22)
 _TOTALS = tl.constexpr(28)
+
+_METRICS = _METRIC_SUMS.value + _TOTALS.value - _SUMS.value
 
 # As csrc/common/policy_options.h numbers them.
 _CLIP = tl.constexpr(0)
@@ -192,11 +199,6 @@ def _dppo_keeps(a, logprob, old, clip_low, clip_high, KL: tl.constexpr):
 @triton.jit
 def _total(lanes):
     return tl.sum(lanes, 0).to(tl.float64)
-
-
-@triton.jit
-def _store_total(row, column, value):
-    tl.store(row + column, value)
 
 
 @triton.jit
@@ -384,11 +386,11 @@ def _sequence_kernel(
         drift = (t_drift / at_least_one).to(tl.float32)
         near = tl.where(drift > off_policy_threshold, 0.0, 1.0)
     if SEQUENCE_CORRECTION:
-        e = t_correction
+        log_weight64 = t_correction
         if CORRECTION == _GEOMETRIC:
-            e = t_correction / at_least_one
+            log_weight64 = t_correction / at_least_one
         sequence_weight = _rollout_weight(
-            e.to(tl.float32), correction_low, correction_high, CORRECTION_MASKS
+            log_weight64.to(tl.float32), correction_low, correction_high, CORRECTION_MASKS
         )
     if LEVEL != _TOKEN:
         if LEVEL == _SEQUENCE_SUM:
@@ -473,9 +475,9 @@ def _sequence_kernel(
                 a = _floats(advantages, sequence * advantages_row + at, lane, inside, counts)
 
             d = logprob - old
-            e, expm1_d = exp_and_expm1(d)
+            exp_d, expm1_d = exp_and_expm1(d)
             s_approx += expm1_less(d, expm1_d)
-            r = e
+            r = exp_d
             is_open = counts
             if LEVEL != _TOKEN:
                 r = tl.where(counts, ratio_here, 0.0)
@@ -484,7 +486,7 @@ def _sequence_kernel(
             elif SURROGATE != _GMPO:
                 below = d < -log_ratio_clamp
                 above = d > log_ratio_clamp
-                r = tl.where(below, least_ratio, tl.where(above, largest_ratio, e))
+                r = tl.where(below, least_ratio, tl.where(above, largest_ratio, exp_d))
                 is_open = ~(below | above)
             if not BY_SEQUENCE:
                 s_ratio += tl.where(counts, r, 0.0)
@@ -734,14 +736,14 @@ def _sequence_kernel(
     tl.store(row + 23, -least)
     low_share = t_low / at_least_one
     high_share = t_high / at_least_one
+    # Without a token, a sequence has no share, except at the level of sequences, where it is one.
     absent = zero - INF
-    is_absent = none
     if BY_SEQUENCE:
-        is_absent = none & ~none
-    tl.store(row + 24, tl.where(is_absent, absent, low_share))
-    tl.store(row + 25, tl.where(is_absent, absent, -low_share))
-    tl.store(row + 26, tl.where(is_absent, absent, high_share))
-    tl.store(row + 27, tl.where(is_absent, absent, -high_share))
+        absent = zero
+    tl.store(row + 24, tl.where(none, absent, low_share))
+    tl.store(row + 25, tl.where(none, absent, -low_share))
+    tl.store(row + 26, tl.where(none, absent, high_share))
+    tl.store(row + 27, tl.where(none, absent, -high_share))
 
 
 # ---- the batch ----------------------------------------------------------------------------------
@@ -862,7 +864,7 @@ def _exp(x: float) -> float:
 
 def _two_floats(x: float) -> tuple[float, float]:
     """A float64 as a sum of two fp32 numbers, which is what Triton passes numbers as."""
-    high = torch.tensor(x, dtype=torch.float32).item()
+    high = c_float(x).value
     return high, x - high if math.isfinite(high) else 0.0
 
 
@@ -871,15 +873,16 @@ def _row_stride(tensor: Tensor | None) -> int:
     return tensor.stride(0) if tensor is not None and tensor.dim() == 2 else 0
 
 
-def _arguments(options: list[float]) -> tuple[tuple[float, ...], dict[str, int | bool]]:
-    """What the sequence kernel takes from the options of ops/policy_loss.py: numbers, and what it
-    is compiled for."""
+@lru_cache(maxsize=64)
+def _arguments(options: tuple[float, ...]) -> tuple[tuple[float, ...], dict[str, Any]]:
+    """What the sequence kernel takes from the options of ops/policy_loss.py, without the
+    denominators: numbers, and what it is compiled for."""
     (
         surrogate, level, clip_low, clip_high, dual_clip, ratio_cap, log_ratio_clamp, kl_coef,
         estimator, kl_clamp, kl_ratio_weighted, entropy_coef, entropy_same, aggregation, _,
         off_policy_threshold, correction, correction_masks, correction_low, correction_high,
         *shapes,
-    ) = options[:-3]  # fmt: skip
+    ) = options  # fmt: skip
     numbers = (
         clip_low, clip_high, 1.0 - clip_low, 1.0 + clip_high, dual_clip, ratio_cap,
         log_ratio_clamp, _exp(-log_ratio_clamp), _exp(log_ratio_clamp), kl_coef, entropy_coef,
@@ -948,12 +951,12 @@ def forward(
     )  # fmt: skip
     _require(logprobs, per_token, options)
     loss = logprobs.new_empty(())
-    metrics = logprobs.new_empty((_METRIC_SUMS.value + _TOTALS.value - _SUMS.value,), dtype=_DOUBLE)
+    metrics = logprobs.new_empty((_METRICS,), dtype=torch.float64)
     logprobs_out = logprobs.new_empty(logprobs.shape if grad_logprobs else (0,))
     entropy_out = logprobs.new_empty(logprobs.shape if grad_entropy else (0,))
     scale = logprobs.new_empty((2,))
-    totals = logprobs.new_empty((sequences, _COLUMNS.value), dtype=_DOUBLE)
-    numbers, compiled_for = _arguments(options)
+    totals = logprobs.new_empty((sequences, _COLUMNS.value), dtype=torch.float64)
+    numbers, compiled_for = _arguments(tuple(options[:-3]))
     length = 0 if logprobs.dim() == 1 else logprobs.shape[1]
     with torch.cuda.device_of(logprobs):
         if sequences > 0:
@@ -962,7 +965,7 @@ def forward(
                 logprobs_out if grad_logprobs else None, entropy_out if grad_entropy else None,
                 totals, length, *map(_row_stride, per_token), length, *numbers,
                 ONE_ADVANTAGE=one_advantage, BLOCK=_BLOCK, CHAIN=_CHAIN, num_warps=_WARPS,
-                **compiled_for, **_OPTIONS,
+                maxnreg=_MAX_REGISTERS, **compiled_for, **_OPTIONS,
             )  # fmt: skip
         _finish_kernel[(1,)](
             totals, sequences,
@@ -975,9 +978,6 @@ def forward(
             num_warps=_FINISH_WARPS, **_OPTIONS,
         )  # fmt: skip
     return loss, metrics, logprobs_out, entropy_out, scale
-
-
-_DOUBLE = torch.float64
 
 
 def backward(
