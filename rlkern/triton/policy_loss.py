@@ -150,7 +150,11 @@ def _clip_term(r, a, ratio_low, ratio_high, ratio_cap, dual_clip, DUAL: tl.const
     clipped = product(clamped(r, ratio_low, ratio_high), a)
     is_free = free <= clipped
     loss = -tl.where(is_free, free, clipped)
-    slope = tl.where(is_free & (r <= ratio_cap), -free, 0.0)
+    # Inside the range the clipped branch is r A too, and the smaller one where a cap below the
+    # range's end holds the other.
+    free_slope = is_free & (r <= ratio_cap)
+    clip_slope = ~is_free & (r >= ratio_low) & (r <= ratio_high)
+    slope = tl.where(free_slope | clip_slope, loss, 0.0)
     low = (capped < ratio_low) & (a < 0)
     high = (capped > ratio_high) & (a > 0)
     dual = low
