@@ -201,11 +201,6 @@ def _dppo_keeps(a, logprob, old, clip_low, clip_high, KL: tl.constexpr):
 
 
 @triton.jit
-def _total(lanes):
-    return tl.sum(lanes, 0).to(tl.float64)
-
-
-@triton.jit
 def _flags(data, at, lane, inside):
     return inside & (tl.load(data + at + lane, mask=inside, other=0) != 0)
 
@@ -232,7 +227,7 @@ def _floats_or(data, at, lane, inside, counts, otherwise):
     if data is None:
         return otherwise
     else:
-        return _floats(data, at, lane, inside, counts)
+        return tl.where(counts, tl.load(data + at + lane, mask=inside, other=0.0), 0.0)
 
 
 _POINTERS = [
@@ -361,17 +356,17 @@ def _sequence_kernel(
                         s_weight += weight
                         s_advantage += a
             if SUMS_D:
-                t_d += _total(s_d)
+                t_d += tl.sum(s_d, 0).to(tl.float64)
             if SEQUENCE_CORRECTION:
-                t_correction += _total(s_correction)
+                t_correction += tl.sum(s_correction, 0).to(tl.float64)
             if OFF_POLICY:
-                t_drift += _total(s_drift)
+                t_drift += tl.sum(s_drift, 0).to(tl.float64)
             if LOG_WEIGHTS:
-                t_log_weight += _total(s_log_weight)
+                t_log_weight += tl.sum(s_log_weight, 0).to(tl.float64)
             if SURROGATE == _GMPO:
-                t_clipped += _total(s_clipped)
-                t_weight += _total(s_weight)
-                t_advantage += _total(s_advantage)
+                t_clipped += tl.sum(s_clipped, 0).to(tl.float64)
+                t_weight += tl.sum(s_weight, 0).to(tl.float64)
+                t_advantage += tl.sum(s_advantage, 0).to(tl.float64)
         if mask is not None:
             count = tl.sum(counted, 0).to(tl.int64)
 
@@ -624,32 +619,32 @@ def _sequence_kernel(
                         out = grad_entropy + (sequence * grad_row + at) + lane
                         tl.store(out, tl.where(chosen, each, 0.0), mask=inside)
 
-        t_approx += _total(s_approx)
+        t_approx += tl.sum(s_approx, 0).to(tl.float64)
         if SURROGATE != _GMPO:
-            t_loss += _total(s_loss)
+            t_loss += tl.sum(s_loss, 0).to(tl.float64)
         if not BY_SEQUENCE:
-            t_ratio += _total(s_ratio)
+            t_ratio += tl.sum(s_ratio, 0).to(tl.float64)
         if CLIPS:
-            t_low += _total(s_low)
-            t_high += _total(s_high)
+            t_low += tl.sum(s_low, 0).to(tl.float64)
+            t_high += tl.sum(s_high, 0).to(tl.float64)
         if SURROGATE == _CISPO or DUAL:
-            t_extra += _total(s_extra)
+            t_extra += tl.sum(s_extra, 0).to(tl.float64)
         if SURROGATE == _VESPO:
-            t_phi += _total(s_phi)
+            t_phi += tl.sum(s_phi, 0).to(tl.float64)
         if CORRECTION != _UNCORRECTED:
-            t_rollout += _total(s_rollout)
-            t_squared += _total(s_squared)
+            t_rollout += tl.sum(s_rollout, 0).to(tl.float64)
+            t_squared += tl.sum(s_squared, 0).to(tl.float64)
         if OFF_POLICY:
-            t_kept += _total(s_kept)
+            t_kept += tl.sum(s_kept, 0).to(tl.float64)
         if ref_logprobs is not None:
-            t_kl += _total(s_kl)
+            t_kl += tl.sum(s_kl, 0).to(tl.float64)
         if entropy is not None:
-            t_entropy += _total(s_entropy)
+            t_entropy += tl.sum(s_entropy, 0).to(tl.float64)
             if BONUS:
-                t_bonus += _total(s_bonus)
-                t_chosen += _total(s_chosen)
+                t_bonus += tl.sum(s_bonus, 0).to(tl.float64)
+                t_chosen += tl.sum(s_chosen, 0).to(tl.float64)
         if COUPLED and grad_logprobs is not None:
-            t_through += _total(s_through)
+            t_through += tl.sum(s_through, 0).to(tl.float64)
 
     if mask is not None:
         tokens = tl.sum(counted, 0).to(tl.float64)

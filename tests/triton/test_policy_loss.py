@@ -167,16 +167,15 @@ def random_loss():
 # ---- values -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets(preset, packed):
+def test_presets(preset):
     random.seed(preset)
     torch.manual_seed(random.getrandbits(32))
     loss = PolicyLoss.preset(preset)
-    check(loss, random_batch(loss, packed=packed))
+    check(loss, random_batch(loss, packed=random.random() < 0.5))
 
 
-@pytest.mark.parametrize("seed", range(24 if INTERPRETED else 400))
+@pytest.mark.parametrize("seed", range(16 if INTERPRETED else 400))
 def test_random_options(seed):
     random.seed(seed)
     torch.manual_seed(seed)
@@ -272,7 +271,7 @@ def test_exponentials():
         assert error.max() < 3e-7, (x[error.argmax()], error.max())
 
 
-@pytest.mark.parametrize("surrogate", ["clip", "cispo", "sapo", "gmpo", "vespo", "dppo_kl"])
+@pytest.mark.parametrize("surrogate", ["clip", "sapo", "gmpo"])
 @pytest.mark.parametrize("bound", [20.0, None])
 def test_log_ratios_of_1000_give_no_nan(surrogate, bound):
     levels = ["token"]
@@ -310,7 +309,7 @@ def same(a, b):
 EVERYTHING = dict(entropy_coef=0.1, kl_coef=0.1, off_policy_threshold=0.05)
 
 
-@pytest.mark.parametrize("preset", ["grpo", "gspo", "gmpo", "dppo_kl"])
+@pytest.mark.parametrize("preset", ["gspo", "gmpo", "dppo_kl"])
 def test_garbage_under_the_mask_changes_nothing(preset):
     loss = PolicyLoss.preset(preset, correction=RolloutCorrection(high=1.5), **EVERYTHING)
     results = []
@@ -324,7 +323,7 @@ def test_garbage_under_the_mask_changes_nothing(preset):
 # ---- independence -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", ["dapo", "gspo", "cispo", "vespo"])
+@pytest.mark.parametrize("preset", ["dapo", "gspo"])
 def test_same_bits_again_beside_others_and_elsewhere(preset):
     torch.manual_seed(4)
     loss = PolicyLoss.preset(preset, kl_coef=0.1, aggregation="token_sum")
