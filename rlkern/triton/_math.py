@@ -93,3 +93,68 @@ def folded(x, SIZE: tl.constexpr):
         if x.shape[0] > SIZE:
             x = tl.sum(tl.reshape(x, (2, x.shape[0] // 2)), 0)
     return x
+
+
+@triton.jit
+def exp_and_expm1(x):
+    """exp(x) and exp(x) - 1 for x of both signs, each with a relative error below 2e-7.
+
+    x = n log 2 + f with |f| <= log 2 / 2. n is at most 8 bits long and the first part of log 2 is
+    9, so their product is exact, fused or not. Above 88.73 exp(x) is inf, below -104 it is 0;
+    NaN gives NaN.
+    """
+    # Outside these bounds the result is the same; the comparisons keep NaN.
+    x = tl.where(x > 89.0, 89.0, x)
+    x = tl.where(x < -110.0, -110.0, x)
+    shifted = x * LOG2E + 12582912.0
+    n = shifted - 12582912.0
+    f = tl.fma(n, -0.693359375, x)
+    f = tl.fma(n, 2.12194440e-4, f)
+    p = tl.fma(f, 1.0 / 5040.0, 1.0 / 720.0)
+    p = tl.fma(f, p, 1.0 / 120.0)
+    p = tl.fma(f, p, 1.0 / 24.0)
+    p = tl.fma(f, p, 1.0 / 6.0)
+    p = tl.fma(f, p, 0.5)
+    p = tl.fma(f, p, 1.0) * f
+    # 2^n in two factors: neither 2^128 nor 2^-150 is a normal float.
+    exponent = shifted.to(tl.int32, bitcast=True) - 0x4B400000
+    half = exponent >> 1
+    first = ((half + 127) << 23).to(tl.float32, bitcast=True)
+    second = ((exponent - half + 127) << 23).to(tl.float32, bitcast=True)
+    e = tl.fma(first, p, first) * second
+    scale = first * second
+    # Above 20 the 1 is less than half an ulp of exp(x), and 2^128 is inf.
+    return e, tl.where(x > 20.0, e, tl.fma(scale, p, scale - 1.0))
+
+
+@triton.jit
+def exp(x):
+    return exp_and_expm1(x)[0]
+
+
+@triton.jit
+def expm1_less(x, expm1_x):
+    """expm1(x) - x, which cancels near 0: below 1 its series, whose first term left out is 5e-8
+    of the sum."""
+    p = tl.fma(x, 1.0 / 3628800.0, 1.0 / 362880.0)
+    p = tl.fma(x, p, 1.0 / 40320.0)
+    p = tl.fma(x, p, 1.0 / 5040.0)
+    p = tl.fma(x, p, 1.0 / 720.0)
+    p = tl.fma(x, p, 1.0 / 120.0)
+    p = tl.fma(x, p, 1.0 / 24.0)
+    p = tl.fma(x, p, 1.0 / 6.0)
+    p = tl.fma(x, p, 0.5)
+    return tl.where(tl.abs(x) < 1.0, x * x * p, expm1_x - x)
+
+
+@triton.jit
+def product(a, b):
+    """a * b, 0 where either is 0: a branch that is not taken leaves 0, never 0 * inf."""
+    return tl.where((a == 0) | (b == 0), 0.0, a * b)
+
+
+@triton.jit
+def clamped(x, low, high):
+    """Between the bounds; NaN stays."""
+    x = tl.where(x < low, low, x)
+    return tl.where(x > high, high, x)

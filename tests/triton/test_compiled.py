@@ -35,6 +35,13 @@ REGISTERS = {
         "backward fp32 softcap": 96,
         "backward fp16 no entropy": 72,
         "merge": 32,
+        "policy grpo": 120,
+        "policy dapo": 104,
+        "policy gspo": 88,
+        "policy cispo": 96,
+        "policy gmpo": 88,
+        "policy finish": 80,
+        "policy scale": 32,
     },
     "3.9": {
         "forward bf16": 128,
@@ -47,6 +54,13 @@ REGISTERS = {
         "backward fp32 softcap": 96,
         "backward fp16 no entropy": 96,
         "merge": 32,
+        "policy grpo": 112,
+        "policy dapo": 96,
+        "policy gspo": 80,
+        "policy cispo": 88,
+        "policy gmpo": 80,
+        "policy finish": 80,
+        "policy scale": 40,
     },
 }
 # A version that is not in the table: three programs per multiprocessor.
@@ -69,11 +83,6 @@ BACKWARD = {
 
 
 def compiled(kernel, dtype, none, aligned, constants, num_warps, architecture):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from rlkern.triton import token_logprobs as kernels
-
     types = {"ids": "*i64", "mask": "*i1", "inv_temperature": "fp32", "softcap": "fp32"}
     types |= dict.fromkeys(("logits", "grad"), f"*{dtype}")
     types |= dict.fromkeys(("V", "segments", "inner"), "i32")
@@ -89,10 +98,20 @@ def compiled(kernel, dtype, none, aligned, constants, num_warps, architecture):
         of_rows = name == "V" or re.fullmatch("(logits|grad)_(outer|inner)", name)
         if signature[name].startswith("*") or (aligned and of_rows):
             attributes[(i,)] = [["tt.divisibility", 16]]
+    return built(kernel, signature, constexprs, attributes, architecture, num_warps=num_warps)
+
+
+def built(kernel, signature, constexprs, attributes, architecture, **options):
+    """With the options that all kernels of this package share."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from rlkern.triton import token_logprobs as kernels
+
     return triton.compile(
         ASTSource(kernel, signature, constexprs, attributes),
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": num_warps, **kernels._OPTIONS},
+        options={**options, **kernels._OPTIONS},
     )
 
 
@@ -162,3 +181,94 @@ def test_merge(architecture, tmp_path):
     constants = {"ENTROPY": True, "SEGMENTS": 8}
     kernel = compiled(kernels._merge_kernel, "bf16", (), True, constants, 1, architecture)
     check("merge", kernel, tmp_path)
+
+
+# ---- policy_loss --------------------------------------------------------------------------------
+
+POLICY_TYPES = dict.fromkeys(("mask", "entropy_mask"), "*i1") | {"offsets": "*i64"}
+POLICY_TYPES |= dict.fromkeys(("totals", "metrics"), "*fp64")
+POLICY_TYPES |= dict.fromkeys(("normalizer", "num_sequences", "entropy_normalizer"), "*fp64")
+POLICY_TYPES |= dict.fromkeys(("sequences", "size"), "i32")
+POLICY_TYPES |= dict.fromkeys(("loss", "scale"), "*fp32")
+POLICY_ABSENT = ("rollout_logprobs", "entropy", "token_weights", "entropy_mask", "grad_entropy")
+
+
+def built_policy(kernel, constants, architecture, **options):
+    """No argument is specialised by its value or alignment: there is one kernel per objective."""
+    from rlkern.triton import policy_loss as kernels
+
+    types = dict.fromkeys(kernels._POINTERS, "*fp32") | dict.fromkeys(kernels._INTEGERS, "i32")
+    types |= POLICY_TYPES
+    if kernel is kernels._scale_kernel:
+        types |= dict.fromkeys(kernel.arg_names[:-2], "*fp32")
+    signature, constexprs = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], constexprs[(i,)] = "constexpr", constants[name]
+        else:
+            signature[name] = types.get(name, "fp32")
+    return built(kernel, signature, constexprs, {}, architecture, **options)
+
+
+def built_objective(objective, absent, one_advantage, architecture):
+    from rlkern.ops.policy_loss import options
+    from rlkern.reference.aggregation import Denominators
+    from rlkern.triton import policy_loss as kernels
+
+    constants = dict(kernels._arguments(tuple(options(objective, Denominators())[:-3]))[1])
+    constants |= dict.fromkeys(absent)
+    constants |= {"ONE_ADVANTAGE": one_advantage, "BLOCK": kernels._BLOCK, "CHAIN": kernels._CHAIN}
+    return built_policy(
+        kernels._sequence_kernel, constants, architecture,
+        num_warps=kernels._WARPS, maxnreg=kernels._MAX_REGISTERS,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("preset", ["grpo", "dapo", "gspo", "cispo", "gmpo"])
+def test_policy_loss(preset, architecture, tmp_path):
+    """As trainers call them: padded, an advantage per sequence, dapo with a KL term."""
+    from rlkern import PolicyLoss
+
+    objective = PolicyLoss.preset(preset, **({"kl_coef": 0.04} if preset == "dapo" else {}))
+    absent = (*POLICY_ABSENT, "offsets", *(() if objective.kl_coef else ("ref_logprobs",)))
+    kernel = built_objective(objective, absent, True, architecture)
+    check(f"policy {preset}", kernel, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "level"),
+    [("clip", "sequence"), ("gmpo", "token"), ("vespo", "token"), ("dppo_kl", "token")],
+)
+def test_policy_loss_with_every_option(surrogate, level):
+    """What the interpreter lets pass (types, scopes) and the compiler does not."""
+    from rlkern import PolicyLoss, RolloutCorrection
+
+    of_sequences = surrogate == "gmpo" or level in ("sequence", "sequence_token")
+    objective = PolicyLoss(
+        surrogate=surrogate,
+        ratio_level=level,
+        kl_coef=0.1,
+        kl_ratio_weighted=True,
+        entropy_coef=0.1,
+        entropy_aggregation="same",
+        off_policy_threshold=0.1,
+        aggregation="seq_mean_token_mean" if of_sequences else "token_mean",
+        correction=RolloutCorrection(level="sequence" if level == "sequence" else "token"),
+        **({"dual_clip": 3.0, "ratio_cap": 2.0} if surrogate == "clip" else {}),
+    )
+    built_objective(objective, (), level == "sequence", 90)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_policy_loss_finish_and_scale(architecture, tmp_path):
+    from rlkern.triton import policy_loss as kernels
+
+    constants = {"AGGREGATION": 0, "SKIP_EMPTY": False, "KL": True, "BONUS": True}
+    constants |= {"BONUS_SAME": False, "ROWS": kernels._ROWS, "num_sequences": None}
+    warps = kernels._FINISH_WARPS
+    kernel = built_policy(kernels._finish_kernel, constants, architecture, num_warps=warps)
+    check("policy finish", kernel, tmp_path)
+    constants = {"BLOCK": kernels._SCALE_BLOCK}
+    kernel = built_policy(kernels._scale_kernel, constants, architecture, num_warps=4)
+    check("policy scale", kernel, tmp_path)
