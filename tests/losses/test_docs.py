@@ -43,7 +43,7 @@ def test_the_table_has_the_presets_values():
 def test_the_examples_run(capsys):
     scope: dict = {}
     blocks = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         exec(block, scope)
     assert scope["metrics"]["tokens"] == scope["mask"].sum()
