@@ -35,9 +35,10 @@ using Slot = double[kPolicyThreads];
 template <typename Body, typename Flush>
 RLKERN_DEVICE void for_tokens(int64_t size, const Body& body, const Flush& flush) {
   const int64_t chain = static_cast<int64_t>(kPolicyChain) * blockDim.x;
-  for (int64_t begin = 0; begin < size; begin += chain) {
-    const int64_t end = size - begin < chain ? size : begin + chain;
-    for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) body(i);
+  int64_t i = threadIdx.x;
+  for (int64_t end = 0; end < size;) {
+    end = size - end < chain ? size : end + chain;
+    for (; i < end; i += blockDim.x) body(i);
     flush();
   }
 }
