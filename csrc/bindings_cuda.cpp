@@ -2,9 +2,12 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "cuda/policy_loss.h"
 #include "cuda/token_logprobs.h"
 
 STABLE_TORCH_LIBRARY_IMPL(rlkern, CUDA, m) {
+  m.impl("policy_loss", TORCH_BOX(&rlkern::policy_loss_cuda));
+  m.impl("policy_loss_bwd", TORCH_BOX(&rlkern::policy_loss_bwd_cuda));
   m.impl("token_logprobs", TORCH_BOX(&rlkern::token_logprobs_cuda));
   m.impl("token_logprobs_bwd", TORCH_BOX(&rlkern::token_logprobs_bwd_cuda));
   m.impl("token_logprobs_bwd_", TORCH_BOX(&rlkern::token_logprobs_bwd_inplace_cuda));

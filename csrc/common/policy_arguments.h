@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "policy_rows.h"
 #include "policy_totals.h"
 #include "sequence_view.h"
 
@@ -18,16 +19,6 @@ struct PolicyTensors {
   Tensor advantages;
   std::optional<Tensor> mask, old_logprobs, ref_logprobs, rollout_logprobs, entropy, token_weights,
       entropy_mask, offsets, normalizer, num_sequences, entropy_normalizer;
-};
-
-// The same as pointers, for kernels.
-struct PolicyRows {
-  SequenceGrid grid;
-  TokenRows<const float> logprobs, advantages, old_logprobs, ref_logprobs, rollout_logprobs,
-      entropy, token_weights;
-  TokenRows<const bool> mask, entropy_mask;
-  const float* sequence_advantages = nullptr;  // [B], instead of advantages
-  TokenRows<float> grad_logprobs, grad_entropy;
 };
 
 struct PolicyOutputs {
@@ -72,6 +63,9 @@ inline PolicyRows policy_rows(const PolicyTensors& t, const PolicyOptions& o,
   if (t.advantages.dim() == 1 && t.advantages.size(0) == rows.grid.sequences) {
     check(t.advantages.scalar_type() == ScalarType::Float && t.advantages.is_contiguous(),
           "advantages: expected contiguous float32");
+    check(t.advantages.is_cuda() == like.is_cuda() &&
+              t.advantages.get_device_index() == like.get_device_index(),
+          "advantages: expected the device of the others");
     rows.sequence_advantages = static_cast<const float*>(t.advantages.data_ptr());
   } else {
     rows.advantages = floats(t.advantages, "advantages");

@@ -176,6 +176,7 @@ struct SequenceState {
   float phi_neg;
   bool near;   // within off_policy_threshold
   float gmpo;  // the loss of the whole sequence, over the tokens' weight
+  double gmpo_loss;
 };
 
 template <typename T>
@@ -235,7 +236,7 @@ RLKERN_INLINE GmpoTerm<T> gmpo_term(const PolicyOptions& o, T d, T a) {
   return {clipped, open ? T{} + 1.0f : T{}};
 }
 
-RLKERN_INLINE SequenceState sequence_defaults() { return {1, true, 1, 0, 0, true, 0}; }
+RLKERN_INLINE SequenceState sequence_defaults() { return {1, true, 1, 0, 0, true, 0, 0}; }
 
 RLKERN_INLINE void set_log_ratio(const PolicyOptions& o, float log_ratio, SequenceState* s) {
   s->ratio_open = o.level != RatioLevel::kSequenceToken || log_ratio <= kSequenceTokenLogBound;

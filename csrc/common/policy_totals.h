@@ -44,7 +44,7 @@ enum PolicyMax {
   kPolicyMaxima,
 };
 
-constexpr int kPolicyMetrics = kPolicySums + kPolicyMaxima;
+constexpr int kPolicyMetrics = int{kPolicySums} + int{kPolicyMaxima};
 
 struct PolicyTotals {
   double sum[kAllPolicySums];

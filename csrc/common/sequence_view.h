@@ -26,6 +26,9 @@ inline SequenceGrid sequence_grid(const Tensor& values, const std::optional<Tens
   check(offsets->dim() == 1 && offsets->size(0) >= 1 && offsets->is_contiguous() &&
             offsets->scalar_type() == ScalarType::Long,
         "offsets: expected contiguous int64 [B + 1]");
+  check(offsets->is_cuda() == values.is_cuda() &&
+            offsets->get_device_index() == values.get_device_index(),
+        "offsets: expected the device of the others");
   grid.sequences = offsets->size(0) - 1;
   grid.length = values.size(0);
   grid.offsets = static_cast<const int64_t*>(offsets->data_ptr());

@@ -8,34 +8,6 @@
 #include "sequence_runs.h"
 
 namespace rlkern {
-namespace {
-
-const unsigned char* bytes(const bool* flags) {
-  return reinterpret_cast<const unsigned char*>(flags);
-}
-
-PolicySequence sequence_of(const PolicyRows& rows, int64_t i) {
-  const SequenceGrid& g = rows.grid;
-  PolicySequence s;
-  s.size = g.size(i);
-  s.logprobs = rows.logprobs.row(g, i);
-  s.advantages = rows.advantages.row(g, i);
-  s.advantage = rows.sequence_advantages != nullptr ? rows.sequence_advantages[i] : 0.0f;
-  s.one_advantage = rows.sequence_advantages != nullptr;
-  s.mask = bytes(rows.mask.row(g, i));
-  s.old_logprobs = rows.old_logprobs.row(g, i);
-  s.ref_logprobs = rows.ref_logprobs.row(g, i);
-  s.rollout_logprobs = rows.rollout_logprobs.row(g, i);
-  s.entropy = rows.entropy.row(g, i);
-  s.token_weights = rows.token_weights.row(g, i);
-  s.entropy_mask = bytes(rows.entropy_mask.row(g, i));
-  s.grad_logprobs = rows.grad_logprobs.row(g, i);
-  s.grad_entropy = rows.grad_entropy.row(g, i);
-  return s;
-}
-
-}  // namespace
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_cpu(
     Tensor logprobs, Tensor advantages, std::optional<Tensor> mask,
     std::optional<Tensor> old_logprobs, std::optional<Tensor> ref_logprobs,
@@ -59,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_cpu(
   const auto kernel = token_kernels().policy;
   const PolicyTotals sum = over_sequences<PolicyTotals>(
       rows.grid, logprobs.numel(),
-      [&](int64_t i, PolicyTotals* totals) { kernel(o, sequence_of(rows, i), totals); });
+      [&](int64_t i, PolicyTotals* totals) { kernel(o, policy_sequence(rows, i), totals); });
   const PolicyResult result = policy_result(o, denominators, sum);
   *static_cast<float*>(out.loss.data_ptr()) = static_cast<float>(result.loss);
   double* metrics = static_cast<double*>(out.metrics.data_ptr());

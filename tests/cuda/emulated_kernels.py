@@ -65,7 +65,8 @@ def build_once(target: Path, command: list[str]) -> Path:
     return target
 
 
-def build() -> ModuleType:
+def build(module_name: str = "_emulated", source: str = "emulated.cpp") -> ModuleType:
+    """One of the modules beside this file."""
     import pybind11
 
     flags = ["-O1", "-g1", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"]
@@ -76,11 +77,11 @@ def build() -> ModuleType:
         flags += ["-fsanitize=undefined", "-fno-sanitize-recover=undefined"]
     includes = [f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}"]
     includes.append(f"-I{sysconfig.get_path('include')}")
-    sources = kernel_sources() + [HERE / "shim.h", HERE / "emulated.cpp"]
+    sources = kernel_sources() + [HERE / "shim.h", HERE / source]
     name = digest(sources, sys.version, pybind11.__version__, *flags)
-    target = ROOT / "build" / "emulated" / name / "_emulated.so"
-    command = ["g++", "-shared", "-fPIC", *flags, *includes, str(HERE / "emulated.cpp")]
-    spec = importlib.util.spec_from_file_location("_emulated", build_once(target, command))
+    target = ROOT / "build" / "emulated" / name / f"{module_name}.so"
+    command = ["g++", "-shared", "-fPIC", *flags, *includes, str(HERE / source)]
+    spec = importlib.util.spec_from_file_location(module_name, build_once(target, command))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -11,7 +11,7 @@ if [[ -d ${1:-} ]]; then
   shift
 fi
 # -s: a report is printed as the process dies.
-tests=(tests/cuda/test_emulated.py -q -s -p no:cacheprovider -p no:xdist "$@")
+tests=(tests/cuda/test_emulated.py tests/cuda/test_policy_loss_emulated.py -q -s -p no:cacheprovider -p no:xdist "$@")
 
 run() {
   local sanitizer="$1" library="$2"
@@ -30,5 +30,6 @@ if setarch "$(uname -m)" -R true 2>/dev/null; then wrap=(setarch "$(uname -m)" -
 run address libasan.so
 # The thread sanitizer follows every thread of every block, so it gets the kernels that differ in
 # their barriers and little else: one warp, several warps, one slice, several slices.
-tests+=(-k "small_vocabularies or several_grids or masked_rows or margin")
+tests+=(-k "small_vocabularies or several_grids or masked_rows or margin
+  or backward or several_chains or no_sequences or alone or dapo or gspo")
 run thread libtsan.so

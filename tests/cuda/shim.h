@@ -13,6 +13,7 @@
 #define __global__ static
 #define __launch_bounds__(...)
 #define __shared__ static
+#define __grid_constant__
 
 struct ShimDim {
   unsigned x = 0;

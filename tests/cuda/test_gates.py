@@ -16,6 +16,9 @@ OCCUPANCY = {
     "token_logprobs_forward": (256, 4),
     "token_logprobs_backward": (256, 4),
     "token_logprobs_merge": (64, 16),
+    "policy_sequences": (256, 3),
+    "policy_finish": (1024, 1),
+    "policy_scale": (256, 8),
 }
 
 needs_toolkit = pytest.mark.skipif(

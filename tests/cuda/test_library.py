@@ -16,6 +16,13 @@ from rlkern import _native
 
 LIBRARY = ROOT / "rlkern" / _native.FILES["cuda"]
 STUB = ROOT / "csrc/cuda/torch_cuda_stub.cpp"
+OPERATORS = [
+    "policy_loss",
+    "policy_loss_bwd",
+    "token_logprobs",
+    "token_logprobs_bwd",
+    "token_logprobs_bwd_",
+]
 
 pytestmark = pytest.mark.skipif(
     not LIBRARY.exists(),
@@ -75,7 +82,7 @@ if torch.version.cuda is None:
 import rlkern
 if torch.version.cuda is None:
     torch.ops.load_library({str(LIBRARY)!r})
-for op in ("token_logprobs", "token_logprobs_bwd", "token_logprobs_bwd_"):
+for op in {OPERATORS!r}:
     assert torch._C._dispatch_has_kernel_for_dispatch_key("rlkern::" + op, "CUDA"), op
 """
     done = subprocess.run(
