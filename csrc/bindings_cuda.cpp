@@ -4,10 +4,15 @@
 
 #include "cuda/policy_loss.h"
 #include "cuda/token_logprobs.h"
+#include "cuda/value_loss.h"
 
 STABLE_TORCH_LIBRARY_IMPL(rlkern, CUDA, m) {
   m.impl("policy_loss", TORCH_BOX(&rlkern::policy_loss_cuda));
   m.impl("policy_loss_bwd", TORCH_BOX(&rlkern::policy_loss_bwd_cuda));
+  m.impl("kl_penalty", TORCH_BOX(&rlkern::kl_penalty_cuda));
+  m.impl("kl_penalty_bwd", TORCH_BOX(&rlkern::kl_penalty_bwd_cuda));
+  m.impl("value_loss", TORCH_BOX(&rlkern::value_loss_cuda));
+  m.impl("value_loss_bwd", TORCH_BOX(&rlkern::value_loss_bwd_cuda));
   m.impl("token_logprobs", TORCH_BOX(&rlkern::token_logprobs_cuda));
   m.impl("token_logprobs_bwd", TORCH_BOX(&rlkern::token_logprobs_bwd_cuda));
   m.impl("token_logprobs_bwd_", TORCH_BOX(&rlkern::token_logprobs_bwd_inplace_cuda));

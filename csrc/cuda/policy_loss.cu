@@ -7,6 +7,7 @@
 #include "launch.h"
 #include "policy_loss.cuh"
 #include "policy_loss.h"
+#include "sequence_launch.h"
 
 namespace rlkern {
 namespace {
@@ -14,19 +15,9 @@ namespace {
 template <SurrogateKind kSurrogate>
 void launch_sequences(const PolicyArgs& args, cudaStream_t stream) {
   for_grids(args.rows.grid.sequences, kMaxBlocks, [&](unsigned blocks, int64_t first) {
-    policy_sequences<kSurrogate><<<blocks, kPolicyThreads, 0, stream>>>(args, first);
+    policy_sequences<kSurrogate><<<blocks, kTokenThreads, 0, stream>>>(args, first);
   });
   check_launch("policy_loss sequences");
-}
-
-// A number in a tensor on the GPU, which only the kernel reads; null where it was not given.
-const double* given(const std::optional<Tensor>& tensor, const Tensor& like, const char* name) {
-  if (!tensor.has_value()) return nullptr;
-  check(tensor->numel() == 1 && tensor->scalar_type() == ScalarType::Double, name,
-        ": expected one float64");
-  check(tensor->is_cuda() && tensor->get_device_index() == like.get_device_index(), name,
-        ": expected the device of the others");
-  return static_cast<const double*>(tensor->data_ptr());
 }
 
 }  // namespace
@@ -82,9 +73,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_cuda(
   const PolicyFinishArgs finish = {o,
                                    args.totals,
                                    sequences,
-                                   given(normalizer, logprobs, "normalizer"),
-                                   given(num_sequences, logprobs, "num_sequences"),
-                                   given(entropy_normalizer, logprobs, "entropy_normalizer"),
+                                   given_tensor(normalizer, logprobs, "normalizer"),
+                                   given_tensor(num_sequences, logprobs, "num_sequences"),
+                                   given_tensor(entropy_normalizer, logprobs, "entropy_normalizer"),
                                    static_cast<float*>(out.loss.data_ptr()),
                                    static_cast<double*>(out.metrics.data_ptr()),
                                    static_cast<float*>(out.scale.data_ptr())};
@@ -93,26 +84,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_cuda(
   return {out.loss, out.metrics, out.grad_logprobs, out.grad_entropy, out.scale};
 }
 
-std::tuple<Tensor, Tensor> policy_loss_bwd_cuda(Tensor grad_loss, Tensor grad_logprobs,
-                                                Tensor grad_entropy, Tensor scale) {
-  const OnDeviceOf on(grad_logprobs);
+std::array<Tensor, 2> scaled_gradients(const Tensor& grad_loss, const Tensor& scale,
+                                       const std::array<Tensor, 2>& grads) {
+  const OnDeviceOf on(grads[0]);
   const auto floats = [&](const Tensor& tensor, const char* name) {
     check(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name,
           ": expected contiguous float32");
-    check(tensor.is_cuda() && tensor.get_device_index() == grad_logprobs.get_device_index(), name,
+    check(tensor.is_cuda() && tensor.get_device_index() == grads[0].get_device_index(), name,
           ": expected the device of the others");
     return static_cast<const float*>(tensor.data_ptr());
   };
   check(grad_loss.numel() == 1, "grad_loss: expected one float32");
-  check(scale.numel() == 2, "scale: expected what the forward pass returned");
-  const Tensor to[2] = {torch::stable::new_empty(grad_logprobs, grad_logprobs.sizes()),
-                        torch::stable::new_empty(grad_entropy, grad_entropy.sizes())};
+  const std::array<Tensor, 2> to = {torch::stable::new_empty(grads[0], grads[0].sizes()),
+                                    torch::stable::new_empty(grads[1], grads[1].sizes())};
   PolicyScaleArgs args = {
       floats(grad_loss, "grad_loss"),
       floats(scale, "scale"),
-      {floats(grad_logprobs, "grad_logprobs"), floats(grad_entropy, "grad_entropy")},
+      {floats(grads[0], "gradient"), floats(grads[1], "gradient")},
       {static_cast<float*>(to[0].data_ptr()), static_cast<float*>(to[1].data_ptr())},
-      {grad_logprobs.numel(), grad_entropy.numel()},
+      {grads[0].numel(), grads[1].numel()},
       true};
   for (int i = 0; i < 2; ++i) {
     args.aligned &= reinterpret_cast<uintptr_t>(args.from[i]) % sizeof(Pack) == 0;
@@ -123,7 +113,14 @@ std::tuple<Tensor, Tensor> policy_loss_bwd_cuda(Tensor grad_loss, Tensor grad_lo
             [&](unsigned blocks, int64_t first) {
               policy_scale<<<blocks, kScaleThreads, 0, on.stream()>>>(args, first);
             });
-  check_launch("policy_loss backward");
+  check_launch("the gradients' scale");
+  return to;
+}
+
+std::tuple<Tensor, Tensor> policy_loss_bwd_cuda(Tensor grad_loss, Tensor grad_logprobs,
+                                                Tensor grad_entropy, Tensor scale) {
+  check(scale.numel() == 2, "scale: expected what the forward pass returned");
+  const auto to = scaled_gradients(grad_loss, scale, {grad_logprobs, grad_entropy});
   return {to[0], to[1]};
 }
 

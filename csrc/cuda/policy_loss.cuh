@@ -1,91 +1,27 @@
 // The kernels of the policy loss: one block a sequence for its terms, gradients and totals, one
 // block that adds the totals of all sequences, and the backward's product.
 //
-// Sums run in floats over chains of at most kPolicyChain tokens of a thread, then in doubles, one
-// slot a thread in shared memory; the threads' slots are added in a fixed order. So a sum of n
-// terms x_i is wrong by at most (kPolicyChain - 1) 2^-24 sum |x_i| from the chains, and by less
-// than n 2^-53 sum |x_i| from the rest, and which token enters where is decided by its place in its
-// sequence alone.
+// How the sums run, and how wrong they can be: block_sums.cuh.
 #pragma once
 
 #include "../common/policy_rows.h"
 #include "../common/policy_sequence.h"
+#include "block_sums.cuh"
 #include "intrinsics.cuh"
 #include "row_plan.h"
 
 namespace rlkern {
 
-constexpr int kPolicyThreads = 256;
-constexpr int kPolicyBlocks =
-    3;  // that fit on a multiprocessor: the sums of a token want 80 registers
-constexpr int kPolicyChain = 32;
-constexpr int kFinishThreads = 1024;
+// That fit on a multiprocessor: the sums of a token want 80 registers.
+constexpr int kPolicyBlocks = 3;
 constexpr int kScaleThreads = 256;
 
-// ---- sums over a block ------------------------------------------------------------------------
+// ---- one sequence -----------------------------------------------------------------------------
 
 // What follows the sums of TermSum (or BeforeSum) in a block's slots.
 constexpr int kCounting = TermSum::kCount;  // tokens that count
 constexpr int kRange = TermSum::kCount + 1;
 constexpr int kSlots = kRange + 2;
-
-using Slot = double[kPolicyThreads];
-
-// Calls body(i) for every token of this thread, and flush() after each chain of them.
-template <typename Body, typename Flush>
-RLKERN_DEVICE void for_tokens(int64_t size, const Body& body, const Flush& flush) {
-  const int64_t chain = static_cast<int64_t>(kPolicyChain) * blockDim.x;
-  int64_t i = threadIdx.x;
-  for (int64_t end = 0; end < size;) {
-    end = size - end < chain ? size : end + chain;
-    for (; i < end; i += blockDim.x) body(i);
-    flush();
-  }
-}
-
-RLKERN_DEVICE void clear_slots(Slot* slots, int count, double value) {
-  for (int i = 0; i < count; ++i) slots[i][threadIdx.x] = value;
-}
-
-template <int kCount>
-RLKERN_DEVICE void flush_chain(Slot* slots, float (&chain)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    slots[i][threadIdx.x] += chain[i];
-    chain[i] = 0;
-  }
-}
-
-RLKERN_INLINE double combined(bool is_max, double a, double b) {
-  if (is_max) return b > a ? b : a;
-  return a + b;
-}
-
-// Combines each slot over the threads into its first place, the first `sums` by sums, the others by
-// maxima. Sixteen threads to a slot, each a fixed share of it; then one.
-RLKERN_DEVICE void reduce_slots(Slot* slots, int sums, int count) {
-  constexpr unsigned kShares = 16;
-  __syncthreads();
-  for (unsigned p = threadIdx.x; p < count * kShares; p += blockDim.x) {
-    const int i = p / kShares;
-    const unsigned share = p % kShares;
-    double value = slots[i][share];
-    for (unsigned t = share + kShares; t < blockDim.x; t += kShares) {
-      value = combined(i >= sums, value, slots[i][t]);
-    }
-    slots[i][share] = value;
-  }
-  __syncthreads();
-  if (threadIdx.x < static_cast<unsigned>(count)) {
-    const int i = threadIdx.x;
-    double value = slots[i][0];
-    for (unsigned k = 1; k < kShares; ++k) value = combined(i >= sums, value, slots[i][k]);
-    slots[i][0] = value;
-  }
-  __syncthreads();
-}
-
-// ---- one sequence -----------------------------------------------------------------------------
 
 struct PolicyArgs {
   PolicyOptions options;
@@ -151,7 +87,7 @@ RLKERN_DEVICE void before_terms(const PolicyOptions& o, const PolicySequence& s,
 }
 
 template <SurrogateKind kSurrogate>
-__global__ void __launch_bounds__(kPolicyThreads, kPolicyBlocks)
+__global__ void __launch_bounds__(kTokenThreads, kPolicyBlocks)
     policy_sequences(const __grid_constant__ PolicyArgs args, int64_t first_sequence) {
   __shared__ Slot slots[kSlots];
   __shared__ SequenceBefore before;
@@ -236,40 +172,20 @@ struct PolicyFinishArgs {
   float* scale;
 };
 
-// One block of whole warps. A lane adds up one value of the totals over every so many-th sequence,
-// so that a warp reads a sequence's totals together; then the first warp adds the warps' sums.
 __global__ void __launch_bounds__(kFinishThreads)
     policy_finish(const __grid_constant__ PolicyFinishArgs args) {
   constexpr int kValues = sizeof(PolicyTotals) / sizeof(double);
-  static_assert(kValues <= 32, "a lane for each value");
-  __shared__ double of_warp[kFinishThreads / 32][32];
+  static_assert(kValues <= kLanes, "a lane for each value");
+  __shared__ WarpSums of_warp;
   __shared__ PolicyTotals totals;
   __shared__ PolicyResult result;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const bool is_max = lane >= kAllPolicySums;
-  const double* values = reinterpret_cast<const double*>(args.totals) + lane;
-  double value = is_max ? -__builtin_inf() : 0;
-  if (lane < kValues) {
-#pragma unroll 8
-    for (int64_t i = warp; i < args.sequences; i += warps) {
-      value = combined(is_max, value, values[i * kValues]);
-    }
-  }
-  of_warp[warp][lane] = value;
-  __syncthreads();
-  if (warp == 0 && lane < kValues) {
-    for (int w = 1; w < warps; ++w) value = combined(is_max, value, of_warp[w][lane]);
-    reinterpret_cast<double*>(&totals)[lane] = value;
-  }
-  __syncthreads();
+  combine_rows(reinterpret_cast<const double*>(args.totals), args.sequences, kValues,
+               kAllPolicySums, of_warp, reinterpret_cast<double*>(&totals));
   if (threadIdx.x == 0) {
-    const auto given = [](const double* tensor, double number) {
-      return tensor != nullptr ? *tensor : number;
-    };
     const PolicyOptions& o = args.options;
-    const GivenDenominators denominators = {given(args.normalizer, o.normalizer),
-                                            given(args.num_sequences, o.num_sequences),
-                                            given(args.entropy_normalizer, o.entropy_normalizer)};
+    const GivenDenominators denominators = {
+        given_or(args.normalizer, o.normalizer), given_or(args.num_sequences, o.num_sequences),
+        given_or(args.entropy_normalizer, o.entropy_normalizer)};
     result = policy_result(o, denominators, totals);
     // Offsets that do not rise from 0 to the total: some tokens were in no sequence or in several.
     const double poison = totals.sum[kSequences] == totals.sum[kSequences] ? 0 : __builtin_nan("");

@@ -114,5 +114,5 @@ PYBIND11_MODULE(_emulated_policy, m) {
   m.def("forward", &forward);
   m.def("backward", &backward);
   m.attr("TOTALS") = sizeof(PolicyTotals) / sizeof(double);
-  m.attr("CHAIN") = kPolicyChain;
+  m.attr("CHAIN") = kTokenChain;
 }

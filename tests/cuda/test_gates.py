@@ -19,6 +19,9 @@ OCCUPANCY = {
     "policy_sequences": (256, 3),
     "policy_finish": (1024, 1),
     "policy_scale": (256, 8),
+    "value_sequences": (256, 4),
+    "value_finish": (1024, 1),
+    "kl_tokens": (256, 8),
 }
 
 needs_toolkit = pytest.mark.skipif(
