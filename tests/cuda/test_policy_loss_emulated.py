@@ -30,7 +30,7 @@ from batches import call, call_packed, close, random_batch, used_by  # noqa: E40
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 TOLERANCE = 1e-5
 LAYOUTS = {"padded": call, "packed": call_packed}
-CASES = 240
+CASES = 160
 MASKABLE = ("logprobs", "old_logprobs", "ref_logprobs", "rollout_logprobs", "entropy")
 
 
