@@ -38,7 +38,7 @@ struct Slice {
         count(static_cast<int>((end < vocab ? end : vocab) - begin)),
         room(static_cast<int>(vocab - begin < (1 << 30) ? vocab - begin : 1 << 30)),
         shift(static_cast<unsigned>(reinterpret_cast<uintptr_t>(x) & 15u)),
-        outside(begin * static_cast<int64_t>(sizeof(*row)) < static_cast<int64_t>(shift)) {}
+        outside(begin < static_cast<int64_t>(shift / sizeof(*row))) {}
 };
 
 // 16 bytes at `shift` into 32, selected word by word: a run-time index would put them into memory.

@@ -33,7 +33,7 @@ enum ValueSlot {
   kValueSlots,
 };
 
-__global__ void __launch_bounds__(kTokenThreads)
+__global__ void __launch_bounds__(kTokenThreads, 4)
     value_sequences(const __grid_constant__ ValueArgs args, int64_t first_sequence) {
   __shared__ Slot slots[kValueSlots];
   const ValueOptions& o = args.options;

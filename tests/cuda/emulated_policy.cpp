@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "cuda/policy_loss.cuh"
+#include "cuda/value_loss.cuh"
 
 namespace py = pybind11;
 using namespace rlkern;
@@ -108,11 +109,59 @@ void backward(uintptr_t grad_loss, uintptr_t scale, const std::vector<Rows>& fro
   });
 }
 
+void value(const Arguments& arguments, int64_t sequences, int64_t length,
+           const std::vector<double>& options, uintptr_t totals, uintptr_t loss, uintptr_t metrics,
+           uintptr_t scale, unsigned threads, unsigned finish_threads, int64_t max_blocks) {
+  py::gil_scoped_release release;
+  const auto pointer = [&](const char* name) {
+    return token_rows<const double>(arguments, name).data;
+  };
+  const ValueOptions o = value_options(options.data());
+  ValueRows rows;
+  rows.grid = {sequences, length, token_rows<const int64_t>(arguments, "offsets").data};
+  rows.values = token_rows<const float>(arguments, "values");
+  rows.returns = token_rows<const float>(arguments, "returns");
+  rows.old_values = token_rows<const float>(arguments, "old_values");
+  rows.mask = token_rows<const bool>(arguments, "mask");
+  rows.grad_values = token_rows<float>(arguments, "grad_values");
+  const ValueArgs args = {o, rows, reinterpret_cast<ValueTotals*>(totals)};
+  for_grids(sequences, max_blocks, [&](unsigned blocks, int64_t first) {
+    shim_launch(blocks, threads, [&] { value_sequences(args, first); });
+  });
+  const ValueFinishArgs finish = {o,
+                                  args.totals,
+                                  sequences,
+                                  pointer("normalizer"),
+                                  pointer("num_sequences"),
+                                  reinterpret_cast<float*>(loss),
+                                  reinterpret_cast<double*>(metrics),
+                                  reinterpret_cast<float*>(scale)};
+  shim_launch(1, finish_threads, [&] { value_finish(finish); });
+}
+
+void kl(int estimator, int clamp, int64_t size, uintptr_t logprobs, uintptr_t ref_logprobs,
+        uintptr_t mask, uintptr_t upstream, uintptr_t out, unsigned threads) {
+  py::gil_scoped_release release;
+  const KlArgs args = {static_cast<KlEstimator>(estimator),
+                       static_cast<KlClamp>(clamp),
+                       size,
+                       reinterpret_cast<const float*>(logprobs),
+                       reinterpret_cast<const float*>(ref_logprobs),
+                       reinterpret_cast<const bool*>(mask),
+                       reinterpret_cast<const float*>(upstream),
+                       reinterpret_cast<float*>(out)};
+  const unsigned blocks = static_cast<unsigned>((size + threads - 1) / threads);
+  shim_launch(blocks, threads, [&] { kl_tokens(args, 0); });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_emulated_policy, m) {
   m.def("forward", &forward);
   m.def("backward", &backward);
+  m.def("value", &value);
+  m.def("kl", &kl);
+  m.attr("VALUE_TOTALS") = static_cast<int>(kAllValueSums);
   m.attr("TOTALS") = sizeof(PolicyTotals) / sizeof(double);
   m.attr("CHAIN") = kTokenChain;
 }
