@@ -72,37 +72,13 @@ class EmulatedPolicy:
 
     def serve(self, monkeypatch) -> None:
         """Sends PolicyLoss to these kernels, but for float64, which stays with the reference."""
-        overloads = {"policy_loss": lambda *args: Differentiable.apply(self, *args)}
+        overloads = {"policy_loss": self.forward, "policy_loss_bwd": self.backward}
         chosen = {torch.float32: "emulated", torch.float64: "eager"}
         namespace = SimpleNamespace
-        monkeypatch.setattr(
-            operator, "_register", namespace(overload=lambda op, backend: overloads[op])
-        )
+        monkeypatch.setattr(operator._register, "overload", lambda op, backend: overloads[op])
         monkeypatch.setattr(
             operator, "_backend", namespace(choose=lambda op, device, dtype: chosen[dtype])
         )
-
-
-class Differentiable(torch.autograd.Function):
-    """As rlkern/ops/policy_loss.py registers it with torch."""
-
-    @staticmethod
-    def forward(ctx, kernels, *args):
-        loss, metrics, *saved = kernels.forward(*args)
-        ctx.kernels, ctx.wanted = kernels, args[-2:]
-        ctx.count = 1 + len(args)
-        ctx.save_for_backward(*saved)
-        ctx.mark_non_differentiable(metrics)
-        return loss, metrics
-
-    @staticmethod
-    def backward(ctx, grad_loss, _):
-        grads = ctx.kernels.backward(grad_loss.contiguous(), *ctx.saved_tensors)
-        result = [None] * ctx.count
-        for name, wanted, grad in zip(("logprobs", "entropy"), ctx.wanted, grads, strict=True):
-            if wanted:
-                result[1 + NAMES.index(name)] = grad
-        return tuple(result)
 
 
 def emulated_policy() -> EmulatedPolicy:
