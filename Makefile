@@ -26,7 +26,7 @@ test-slow: $(VENV)/.test
 	$(PYTEST) -m slow --verbose $(ARGS)
 
 # The Triton tests on another Triton than the environment's, from 3.6 to 3.9: make test-triton
-# TRITON=3.6.0. The interpreter of 3.6 fails under NumPy 2.4.
+# TRITON=3.6.0. The interpreters before 3.9 fail under NumPy 2.4.
 TRITON ?= 3.6.0
 test-triton: $(VENV)/.test
 	$(BIN)/pip install --quiet --upgrade --no-deps --target build/triton-$(TRITON) \
