@@ -11,7 +11,8 @@
 // What uses the threads of a block.
 #define RLKERN_DEVICE static __device__ __forceinline__
 #else
-#define RLKERN_HD inline
+// Always, for the reason above: a member that is not inlined would be a weak symbol too.
+#define RLKERN_HD inline __attribute__((always_inline))
 #define RLKERN_DEVICE static inline
 #define RLKERN_INLINE static inline __attribute__((always_inline))
 #endif
