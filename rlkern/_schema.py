@@ -58,6 +58,30 @@ SCHEMAS = {
         "(Tensor grad, Tensor logprobs, Tensor ref_logprobs, Tensor? mask, int estimator, "
         "int clamp) -> Tensor"
     ),
+    # gae, discounted_returns and vtrace, which one is said by what is given: values none for
+    # returns, log_ratios for vtrace. lam [B] and bootstrap_value [B] are per sequence. options:
+    # csrc/common/return_scan.h. -> advantages and returns; returns and [0]; vtrace's values and
+    # advantages.
+    "return_scan": (
+        "(Tensor rewards, Tensor? values, Tensor? log_ratios, Tensor? mask, Tensor? dones, "
+        "Tensor? bootstrap_value, Tensor? lam, Tensor? offsets, float[] options) "
+        "-> (Tensor, Tensor)"
+    ),
+    # Of gae and discounted_returns: the gradients of rewards, values (or [0]) and bootstrap_value.
+    "return_scan_bwd": (
+        "(Tensor grad_first, Tensor? grad_second, Tensor? mask, Tensor? dones, Tensor? lam, "
+        "Tensor? offsets, float[] options) -> (Tensor, Tensor, Tensor)"
+    ),
+    # rewards [N, K], contiguous; groups of group_size, or by group_ids [N] (int64). lengths [N],
+    # given [N, K], weights [K]. options: csrc/common/group_advantages.h. -> advantages [N].
+    "group_advantages": (
+        "(Tensor rewards, int group_size, Tensor? group_ids, Tensor? lengths, Tensor? given, "
+        "Tensor? weights, float[] options) -> Tensor"
+    ),
+    # Contiguous tensors of one shape. moments: count, mean and sum of squared deviations of the
+    # counting values, [3] in float64. options: csrc/common/whitening.h.
+    "masked_moments": "(Tensor x, Tensor? mask) -> Tensor",
+    "whiten": "(Tensor x, Tensor? mask, Tensor moments, float[] options) -> Tensor",
 }
 
 # Backend -> suffix of its operators' names.

@@ -62,6 +62,17 @@ def refuse_tangent(tensor: Tensor, name: str) -> None:
         )
 
 
+def without_gradient(tensor: Tensor, name: str) -> Tensor:
+    """Refuses an input whose gradient nobody would compute."""
+    refuse_tangent(tensor, name)
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: expected a tensor that needs no gradient (none is computed for it), "
+            f"got one with requires_grad=True; pass {name}.detach()"
+        )
+    return tensor
+
+
 def require_like_tokens(tensor: Tensor, name: str, logits: Tensor) -> None:
     """`tensor` has one value per row of `logits`, on the same device."""
     if tensor.shape != logits.shape[:-1]:
@@ -103,9 +114,14 @@ def one_of(value: object, names: tuple[str, ...], name: str) -> None:
 
 
 def number(
-    value: object, name: str, *, above: float | None = None, minimum: float | None = None
+    value: object,
+    name: str,
+    *,
+    above: float | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
 ) -> float:
-    """A finite number, above or at least a bound where one is given."""
+    """A finite number, above, at least or at most a bound where one is given."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     wanted = "a finite number"
@@ -113,8 +129,14 @@ def number(
         wanted += f" above {above:g}"
     if minimum is not None:
         wanted += f" of at least {minimum:g}"
-    low = (above is None or value > above) and (minimum is None or value >= minimum)
-    if not math.isfinite(value) or not low:
+    if maximum is not None:
+        wanted += f" and at most {maximum:g}"
+    inside = (
+        (above is None or value > above)
+        and (minimum is None or value >= minimum)
+        and (maximum is None or value <= maximum)
+    )
+    if not math.isfinite(value) or not inside:
         raise ValueError(f"{name}: expected {wanted}, got {value}")
     return float(value)
 

@@ -103,13 +103,21 @@ class Layout:
     def constants(self, value: object, name: str) -> Tensor | None:
         """The same of something for which no gradient is computed."""
         tensor = self.tokens(value, name)
-        return None if tensor is None else self._without_gradient(tensor, name)
+        return None if tensor is None else _checks.without_gradient(tensor, name)
 
     def per_sequence_or_token(self, value: object, name: str) -> Tensor:
         """One float per sequence, [B], or per token; no gradient is computed."""
         tensor = self._float(value, name)
         self._require(tensor, name, (torch.Size([self.sequences]), self.shape))
-        return self._ready(self._without_gradient(tensor, name))
+        return self._ready(_checks.without_gradient(tensor, name))
+
+    def per_sequence(self, value: object, name: str) -> Tensor | None:
+        """One float per sequence, [B], or None."""
+        if value is None:
+            return None
+        tensor = self._float(value, name)
+        self._require(tensor, name, (torch.Size([self.sequences]),))
+        return self._ready(tensor)
 
     def flags(self, value: object, name: str) -> Tensor | None:
         """One bool per token, or None."""
@@ -136,12 +144,4 @@ class Layout:
             raise ValueError(
                 f"{name}: expected device {self.device} ({self.name}'s), got {value.device}"
             )
-        return self._without_gradient(value.to(torch.float64), name)
-
-    def _without_gradient(self, tensor: Tensor, name: str) -> Tensor:
-        if tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name}: expected a tensor that needs no gradient (none is computed for it), "
-                f"got one with requires_grad=True; pass {name}.detach()"
-            )
-        return tensor
+        return _checks.without_gradient(value.to(torch.float64), name)

@@ -37,15 +37,24 @@ def refuse_create_graph(op: str) -> None:
         )
 
 
-def forbid_second_derivative(op: str) -> None:
-    """Makes the derivative of a backward operator an error instead of a wrong number."""
-
+def _forbid(op: str, message: str) -> None:
     def backward(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(
-            f"rlkern::{op} cannot be differentiated: rlkern's operators have first derivatives "
-            "only. For a gradient penalty compute this part in eager PyTorch."
-        )
+        raise RuntimeError(message)
 
     for backend in backends(op):
         name = f"rlkern::{operator_name(op, backend)}"
         torch.library.register_autograd(name, backward, lib=LIBRARY)
+
+
+def forbid_second_derivative(op: str) -> None:
+    """Makes the derivative of a backward operator an error instead of a wrong number."""
+    _forbid(
+        op,
+        f"rlkern::{op} cannot be differentiated: rlkern's operators have first derivatives "
+        "only. For a gradient penalty compute this part in eager PyTorch.",
+    )
+
+
+def forbid_derivative(op: str) -> None:
+    """The same of an operator whose results are constants of the objective."""
+    _forbid(op, f"rlkern::{op} cannot be differentiated: its results are constants of the loss.")

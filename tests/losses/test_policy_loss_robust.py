@@ -158,7 +158,14 @@ def test_a_sequence_does_not_feel_its_neighbours(backend, preset, packed):
         return {n: x[list(which)] for n, x in batch.items()}
 
     together, alone, moved = third(batch)[2], third(rows(2))[0], third(rows(5, 4, 3, 2))[3]
-    assert torch.equal(together, alone) and torch.equal(together, moved)
+    if backend.is_kernel:
+        assert torch.equal(together, alone) and torch.equal(together, moved)
+        return
+    # PyTorch's loops take the last few elements of a tensor by other instructions: an ulp of exp
+    # and one of the quotient after it.
+    rtol = 4 * torch.finfo(backend.dtype).eps
+    for other in (alone, moved):
+        torch.testing.assert_close(together, other, rtol=rtol, atol=rtol)
 
 
 # ---- size and strides -----------------------------------------------------------------------
