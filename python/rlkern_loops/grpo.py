@@ -5,7 +5,8 @@
 A randomly initialised model is first shown a few right answers, until it is right now and then;
 from there on it learns from rewards alone. For each prompt it writes a group of completions, and
 each reward is normalised by its group's mean and standard deviation (Shao et al., 2024,
-https://arxiv.org/abs/2402.03300). Log-probabilities, entropy and the loss come from rlkern.
+https://arxiv.org/abs/2402.03300). Log-probabilities, entropy, advantages and the loss come from
+rlkern.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from rlkern import Metrics, PolicyLoss
+from rlkern import Metrics, PolicyLoss, group_advantages
 from rlkern_loops.log import RunLog, plot_curves
 from rlkern_loops.model import char_tokenizer, tiny_gpt2
 from rlkern_loops.rollout import Completions, completion_logprobs, sample
@@ -146,18 +147,6 @@ def check_device(name: str) -> None:
 # ---- the algorithm ----------------------------------------------------------------------------
 
 
-def group_advantages(rewards: torch.Tensor, group_size: int, eps: float) -> torch.Tensor:
-    """(r - mean) / (std + eps) within each group, with the unbiased std; [N] -> [N].
-
-    Equal rewards give exactly 0.
-    """
-    groups = rewards.view(-1, group_size)
-    centred = groups - groups.mean(1, keepdim=True)
-    same = groups == groups[:, :1]
-    advantages = centred / (groups.std(1, keepdim=True) + eps)
-    return advantages.masked_fill(same.all(1, keepdim=True), 0.0).view(-1)
-
-
 def objective(config: GRPOConfig) -> PolicyLoss:
     """The clipped ratio, averaged over the tokens of a mini-batch, with k3 KL and entropy bonus."""
     return PolicyLoss(
@@ -257,7 +246,9 @@ def train(config: GRPOConfig) -> dict[str, float]:
         rewards = task.rewards(asked, completions, tokenizer).to(device)
         if config.shuffle_rewards:
             rewards = rewards[torch.randperm(len(rewards), generator=generator, device=device)]
-        advantages = group_advantages(rewards, config.group_size, config.advantage_eps)
+        advantages = group_advantages(
+            rewards, group_size=config.group_size, eps=config.advantage_eps
+        )
 
         # Learn from them.
         collected, norms = [], []
