@@ -9,6 +9,7 @@ from rlkern.losses import LossOutput, PolicyLoss, RolloutCorrection, ValueLoss  
 from rlkern.metrics import Metrics  # noqa: E402
 from rlkern.ops.group_advantages import group_advantages  # noqa: E402
 from rlkern.ops.kl_penalty import kl_penalty  # noqa: E402
+from rlkern.ops.linear_token_logprobs import linear_token_logprobs  # noqa: E402
 from rlkern.ops.returns import GAE, VTrace, discounted_returns, gae, vtrace  # noqa: E402
 from rlkern.ops.token_logprobs import TokenLogprobs, token_logprobs  # noqa: E402
 from rlkern.ops.whiten import whiten  # noqa: E402
@@ -28,6 +29,7 @@ __all__ = [
     "gae",
     "group_advantages",
     "kl_penalty",
+    "linear_token_logprobs",
     "token_logprobs",
     "use_backend",
     "vtrace",

@@ -84,6 +84,22 @@ SCHEMAS = {
     "whiten": "(Tensor x, Tensor? mask, Tensor moments, float[] options) -> Tensor",
 }
 
+# Operators in Python over the others, the same for all backends: the one that serves the row pass is
+# an argument.
+COMPOSITES = {
+    # rows: of a chunk. -> logprobs [N], entropy [N] or [0], state [N, 2], as of token_logprobs.
+    "linear_token_logprobs": (
+        f"(Tensor hidden, Tensor weight, Tensor? bias, {_TOKEN_LOGPROBS}, bool return_entropy, "
+        "int rows, bool invariant, str backend) -> (Tensor, Tensor, Tensor)"
+    ),
+    # -> the gradients of hidden, weight and bias, [0] where it is not needed.
+    "linear_token_logprobs_bwd": (
+        "(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, "
+        f"{_TOKEN_LOGPROBS}, {_TOKEN_LOGPROBS_SAVED}, int rows, bool invariant, str backend, "
+        "bool[] needs) -> (Tensor, Tensor, Tensor)"
+    ),
+}
+
 # Backend -> suffix of its operators' names.
 SUFFIXES = {"native": "", "triton": "_triton", "eager": "_reference"}
 
@@ -105,6 +121,12 @@ def backends(op: str) -> tuple[str, ...]:
     return tuple(b for b in SUFFIXES if b != "eager" or op not in WITHOUT_REFERENCE)
 
 
+def _define(name: str, schema: str) -> None:
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
 for _op, _schema in SCHEMAS.items():
     for _backend in backends(_op):
-        LIBRARY.define(operator_name(_op, _backend) + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _define(operator_name(_op, _backend), _schema)
+for _op, _schema in COMPOSITES.items():
+    _define(_op, _schema)

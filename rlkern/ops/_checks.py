@@ -36,18 +36,19 @@ def require_tensor(value: object, name: str) -> Tensor:
     return value
 
 
-def require_logits(value: object, name: str = "logits") -> Tensor:
-    """A float tensor [..., V] with V >= 1."""
+def require_logits(
+    value: object,
+    name: str = "logits",
+    shape: str = "[..., V] with a vocabulary of at least 1",
+) -> Tensor:
+    """A float tensor whose last dimension is at least 1."""
     logits = require_tensor(value, name)
     if logits.dtype not in LOGIT_DTYPES:
         raise TypeError(
             f"{name}: expected float32, bfloat16, float16 or float64, got {logits.dtype}"
         )
     if logits.dim() < 1 or logits.shape[-1] == 0:
-        raise ValueError(
-            f"{name}: expected shape [..., V] with a vocabulary of at least 1, "
-            f"got {list(logits.shape)}"
-        )
+        raise ValueError(f"{name}: expected shape {shape}, got {list(logits.shape)}")
     return logits
 
 
@@ -73,33 +74,42 @@ def without_gradient(tensor: Tensor, name: str) -> Tensor:
     return tensor
 
 
-def require_like_tokens(tensor: Tensor, name: str, logits: Tensor) -> None:
-    """`tensor` has one value per row of `logits`, on the same device."""
-    if tensor.shape != logits.shape[:-1]:
+def _owner(of: str) -> str:
+    return "logits'" if of == "logits" else f"{of}'s"
+
+
+_LAST = {"logits": "the vocabulary", "hidden": "its last dimension"}
+
+
+def require_like_tokens(tensor: Tensor, name: str, rows: Tensor, of: str = "logits") -> None:
+    """`tensor` has one value per row of `rows`, the argument `of`, on the same device."""
+    if tensor.shape != rows.shape[:-1]:
         raise ValueError(
-            f"{name}: expected shape {list(logits.shape[:-1])} (logits without the vocabulary), "
+            f"{name}: expected shape {list(rows.shape[:-1])} ({of} without {_LAST[of]}), "
             f"got {list(tensor.shape)}"
         )
-    if tensor.device != logits.device:
-        raise ValueError(f"{name}: expected device {logits.device} (logits'), got {tensor.device}")
+    if tensor.device != rows.device:
+        raise ValueError(
+            f"{name}: expected device {rows.device} ({_owner(of)}), got {tensor.device}"
+        )
 
 
-def require_ids(value: object, name: str, logits: Tensor) -> Tensor:
+def require_ids(value: object, name: str, rows: Tensor, of: str = "logits") -> Tensor:
     ids = require_tensor(value, name)
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: expected int64 or int32, got {ids.dtype}")
-    require_like_tokens(ids, name, logits)
+    require_like_tokens(ids, name, rows, of)
     return ids.long()
 
 
-def optional_mask(value: object, logits: Tensor) -> Tensor | None:
+def optional_mask(value: object, rows: Tensor, of: str = "logits") -> Tensor | None:
     """A mask as bool: true, or not 0, where a token counts."""
     if value is None:
         return None
     mask = require_tensor(value, "mask")
     if mask.is_floating_point() or mask.is_complex():
         raise TypeError(f"mask: expected bool or an integer type, got {mask.dtype}")
-    require_like_tokens(mask, "mask", logits)
+    require_like_tokens(mask, "mask", rows, of)
     return mask if mask.dtype == torch.bool else mask != 0
 
 
@@ -152,7 +162,9 @@ def positive_number(value: object, name: str) -> float:
     return float(value)
 
 
-def token_temperature(value: object, logits: Tensor) -> tuple[float, Tensor | None]:
+def token_temperature(
+    value: object, rows: Tensor, of: str = "logits"
+) -> tuple[float, Tensor | None]:
     """A temperature as (number, None) or (1.0, one fp32 or fp64 value per token)."""
     if not isinstance(value, Tensor):
         return positive_number(value, "temperature"), None
@@ -165,11 +177,11 @@ def token_temperature(value: object, logits: Tensor) -> tuple[float, Tensor | No
             "temperature: expected a tensor that needs no gradient (none is computed for it), "
             "got one with requires_grad=True; pass temperature.detach()"
         )
-    if temperature.device != logits.device:
+    if temperature.device != rows.device:
         raise ValueError(
-            f"temperature: expected device {logits.device} (logits'), got {temperature.device}"
+            f"temperature: expected device {rows.device} ({_owner(of)}), got {temperature.device}"
         )
-    tokens = logits.shape[:-1]
+    tokens = rows.shape[:-1]
     try:
         expanded = temperature.expand(tokens)
     except RuntimeError:
@@ -177,7 +189,7 @@ def token_temperature(value: object, logits: Tensor) -> tuple[float, Tensor | No
             f"temperature: expected a shape that broadcasts to {list(tokens)} (one per token), "
             f"got {list(temperature.shape)}"
         ) from None
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
     return 1.0, expanded.to(dtype)
 
 

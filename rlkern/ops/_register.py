@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rlkern._schema import LIBRARY, backends, operator_name
+from rlkern._schema import COMPOSITES, LIBRARY, backends, operator_name
 
 
 def overload(op: str, backend: str) -> Callable[..., Any]:
@@ -27,6 +27,12 @@ def register_fake(op: str, function: Callable[..., Any]) -> None:
         torch.library.register_fake(name, function, lib=LIBRARY)
 
 
+def register_composite(op: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """An operator of COMPOSITES, and the shapes and dtypes of its outputs."""
+    LIBRARY.impl(op, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rlkern::{op}", fake, lib=LIBRARY)
+
+
 def refuse_create_graph(op: str) -> None:
     """For a backward whose gradient was formed in the forward pass, and so carries no graph: a
     penalty on it would be left out in silence."""
@@ -41,9 +47,9 @@ def _forbid(op: str, message: str) -> None:
     def backward(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(message)
 
-    for backend in backends(op):
-        name = f"rlkern::{operator_name(op, backend)}"
-        torch.library.register_autograd(name, backward, lib=LIBRARY)
+    names = [op] if op in COMPOSITES else [operator_name(op, b) for b in backends(op)]
+    for name in names:
+        torch.library.register_autograd(f"rlkern::{name}", backward, lib=LIBRARY)
 
 
 def forbid_second_derivative(op: str) -> None:
