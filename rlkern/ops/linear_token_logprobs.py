@@ -241,8 +241,7 @@ def _backward(
     temperature, softcap, logprobs, entropy, state, rows, invariant, backend, needs,
 ):  # fmt: skip
     needs_hidden, needs_weight, needs_bias = needs
-    none = hidden.new_empty(0)
-    grad_hidden = torch.zeros_like(hidden) if needs_hidden else none
+    grad_hidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty(0)
     of_weight = _Sum(weight) if needs_weight else None
     of_bias = _Sum(bias) if needs_bias else None
     row_pass = _register.overload("token_logprobs_bwd_", backend)
@@ -265,8 +264,8 @@ def _backward(
             of_bias.add(grads)
     return (
         grad_hidden,
-        none if of_weight is None else of_weight.result(),
-        none.clone() if of_bias is None else of_bias.result(),
+        hidden.new_empty(0) if of_weight is None else of_weight.result(),
+        hidden.new_empty(0) if of_bias is None else of_bias.result(),
     )
 
 
