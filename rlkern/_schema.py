@@ -84,8 +84,8 @@ SCHEMAS = {
     "whiten": "(Tensor x, Tensor? mask, Tensor moments, float[] options) -> Tensor",
 }
 
-# Operators in Python over the others, the same for all backends: the one that serves the row pass is
-# an argument.
+# Operators in Python over the others, the same for all backends: which one serves the row pass
+# is an argument.
 COMPOSITES = {
     # rows: of a chunk. -> logprobs [N], entropy [N] or [0], state [N, 2], as of token_logprobs.
     "linear_token_logprobs": (
