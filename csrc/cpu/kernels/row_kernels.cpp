@@ -13,7 +13,7 @@ namespace {
 
 constexpr float kLog2e = 1.4426950408889634f;
 // 4 KiB of floats: small beside a 32 KiB first-level cache, long enough to hide its reductions.
-constexpr long long kBlock = 1024;
+constexpr long long kBlock = kRowBlock;
 // Independent sums hide the latency of an addition, and keep rounding errors apart.
 constexpr int kSums = 4;
 constexpr long long kStep = kSums * kLanes;
@@ -101,15 +101,17 @@ RLKERN_INLINE void prefetch_step(const Scalar* x) {
   }
 }
 
-template <bool kEntropy, typename Scalar>
+// `kept` takes the exponentials where it is not null.
+template <bool kEntropy, bool kKeep, typename Scalar>
 RLKERN_INLINE void sum_block(const float* values, long long padded, float max, Exp2Scale scale,
-                             const Scalar* next, SoftmaxState<double>* state) {
+                             const Scalar* next, float* kept, SoftmaxState<double>* state) {
   vfloat sum[kSums] = {}, weighted[kSums] = {};
   for (long long j = 0; j < padded; j += kStep) {
     prefetch_step(next + j);
     for (int s = 0; s < kSums; ++s) {
       const Exp2 e = exp2_scaled(FloatType::load(values + j + s * kLanes) - max, scale);
       const vfloat value = e.value();
+      if (kKeep) FloatType::store(kept + j + s * kLanes, value);
       sum[s] += value;
       if (kEntropy) weighted[s] += e.clamped * value;
     }
@@ -120,8 +122,8 @@ RLKERN_INLINE void sum_block(const float* values, long long padded, float max, E
   }
 }
 
-template <typename Type, bool kCapped, bool kEntropy>
-void forward_row(const LogitRow& row, RowForward* out) {
+template <typename Type, bool kCapped, bool kEntropy, bool kKeep>
+void forward_row(const LogitRow& row, const RowKept& kept, RowForward* out) {
   const auto* x = static_cast<const typename Type::Scalar*>(row.x);
   const Cap cap(row.softcap);
   const Exp2Scale scale(kLog2e * row.inv_temperature);
@@ -147,21 +149,36 @@ void forward_row(const LogitRow& row, RowForward* out) {
     // A maximum of -inf has seen nothing but -inf, of which no difference may be taken, and NaN,
     // which must still reach the sum.
     const float base = max == -kInf ? 0.0f : max;
-    sum_block<kEntropy>(values, (count + kStep - 1) / kStep * kStep, base, scale,
-                        x + begin + kBlock, &state);
+    sum_block<kEntropy, kKeep>(values, (count + kStep - 1) / kStep * kStep, base, scale,
+                               x + begin + kBlock, kKeep ? kept.exponentials + begin : nullptr,
+                               &state);
+    if (kKeep) kept.maxima[begin / kBlock] = max;
   }
   out->others = {max * inv_temperature, state.sum, state.weighted * inv_temperature};
   out->target = ((double)target - (double)max) * inv_temperature;
   out->max = max;
 }
 
+template <typename Type, bool kKeep>
+RLKERN_INLINE void forward_as_asked(const LogitRow& row, bool entropy, const RowKept& kept,
+                                    RowForward* out) {
+  if (row.softcap > 0) {
+    entropy ? forward_row<Type, true, true, kKeep>(row, kept, out)
+            : forward_row<Type, true, false, kKeep>(row, kept, out);
+  } else {
+    entropy ? forward_row<Type, false, true, kKeep>(row, kept, out)
+            : forward_row<Type, false, false, kKeep>(row, kept, out);
+  }
+}
+
 template <typename Type>
 void forward(const LogitRow& row, bool entropy, RowForward* out) {
-  if (row.softcap > 0) {
-    entropy ? forward_row<Type, true, true>(row, out) : forward_row<Type, true, false>(row, out);
-  } else {
-    entropy ? forward_row<Type, false, true>(row, out) : forward_row<Type, false, false>(row, out);
-  }
+  forward_as_asked<Type, false>(row, entropy, {nullptr, nullptr}, out);
+}
+
+template <typename Type>
+void forward_keeping(const LogitRow& row, bool entropy, const RowKept& kept, RowForward* out) {
+  forward_as_asked<Type, true>(row, entropy, kept, out);
 }
 
 // A NaN without a payload, which survives the rounding to bfloat16 as NaN.
@@ -224,6 +241,51 @@ void backward(const LogitRow& row, const RowBackward& grad, void* out) {
   }
 }
 
+// As backward_row without a cap, from the exponentials that forward kept.
+template <typename Type, bool kSloped>
+void backward_kept_row(const LogitRow& row, const RowBackward& grad, const RowKept& kept,
+                       void* out) {
+  const auto* x = static_cast<const typename Type::Scalar*>(row.x);
+  auto* dx = static_cast<typename Type::Scalar*>(out);
+  const Exp2Scale scale(kLog2e * row.inv_temperature);
+  const float inv_sum = rl_exp(-grad.log_sum);
+  const float constant = plain_nan(grad.constant * row.inv_temperature * inv_sum);
+  const float slope = plain_nan(grad.slope * row.inv_temperature * row.inv_temperature * inv_sum);
+  for (long long begin = 0; begin < row.size; begin += kBlock) {
+    const long long end = begin + kBlock < row.size ? begin + kBlock : row.size;
+    const float then = kept.maxima[begin / kBlock];
+    // Nothing but -inf until then: every exponential is 0, and so is the factor, never 0 * inf.
+    const float shift =
+        then == -kInf ? 0.0f
+                      : (float)rl_exp(((double)then - (double)grad.max) * row.inv_temperature);
+    const auto gradient = [&](long long j, vfloat v) __attribute__((always_inline)) {
+      const vfloat e = FloatType::load(kept.exponentials + j) * shift;
+      if (!kSloped) return e * constant;
+      // -inf has exponential 0, of which no slope may make NaN.
+      const vfloat d = max_keep_nan(scale.low, v - grad.max);
+      return e * (constant + slope * d);
+    };
+    long long j = begin;
+    for (; j + kLanes <= end; j += kLanes) {
+      Type::store(dx + j, gradient(j, kSloped ? Type::load(x + j) : vfloat{}));
+    }
+    if (j < end) {
+      const vfloat v = kSloped ? load_partial<Type>(x + j, end - j) : vfloat{};
+      store_partial<Type>(dx + j, gradient(j, v), end - j);
+    }
+  }
+  store_partial<Type>(dx + row.target, broadcast(plain_nan(grad.target * row.inv_temperature)), 1);
+}
+
+template <typename Type>
+void backward_from_kept(const LogitRow& row, const RowBackward& grad, const RowKept& kept,
+                        void* out) {
+  // A cap's derivative takes an exponential of its own anyway.
+  if (row.softcap > 0) return backward<Type>(row, grad, out);
+  grad.slope != 0 ? backward_kept_row<Type, true>(row, grad, kept, out)
+                  : backward_kept_row<Type, false>(row, grad, kept, out);
+}
+
 }  // namespace
 }  // namespace rlkern
 
@@ -238,4 +300,8 @@ extern "C" const rlkern::RowKernels RLKERN_JOIN(rlkern_row_kernels_, RLKERN_ISA)
      rlkern::forward<rlkern::BFloat16Type>},
     {rlkern::backward<rlkern::FloatType>, rlkern::backward<rlkern::HalfType>,
      rlkern::backward<rlkern::BFloat16Type>},
+    {rlkern::forward_keeping<rlkern::FloatType>, rlkern::forward_keeping<rlkern::HalfType>,
+     rlkern::forward_keeping<rlkern::BFloat16Type>},
+    {rlkern::backward_from_kept<rlkern::FloatType>, rlkern::backward_from_kept<rlkern::HalfType>,
+     rlkern::backward_from_kept<rlkern::BFloat16Type>},
 };

@@ -33,12 +33,28 @@ struct RowBackward {
   float target;
 };
 
+// What a forward pass keeps for the gradient to follow it at once: an exponential for each element,
+// 0 for the target's, relative to the maximum so far, which stands once for each block of
+// kRowBlock.
+constexpr long long kRowBlock = 1024;
+struct RowKept {
+  float* exponentials;  // row.size, rounded up to whole blocks
+  float* maxima;        // one a block; -inf where nothing but -inf has come
+};
+
 struct RowKernels {
   const char* name;
   void (*forward[static_cast<int>(LogitType::kCount)])(const LogitRow&, bool entropy, RowForward*);
   // Writes the gradient with respect to x over `grad`, which may be the row itself.
   void (*backward[static_cast<int>(LogitType::kCount)])(const LogitRow&, const RowBackward&,
                                                         void* grad);
+  // The same two with one exponential an element in all, while the row and what is kept of it stay
+  // in the cache.
+  void (*forward_keeping[static_cast<int>(LogitType::kCount)])(const LogitRow&, bool entropy,
+                                                               const RowKept&, RowForward*);
+  void (*backward_from_kept[static_cast<int>(LogitType::kCount)])(const LogitRow&,
+                                                                  const RowBackward&,
+                                                                  const RowKept&, void* grad);
 };
 
 }  // namespace rlkern
