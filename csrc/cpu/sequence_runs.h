@@ -16,13 +16,13 @@ constexpr int64_t kTokenGrain = 16384;
 // Totals that are kept until they are added; long runs of short sequences share one.
 constexpr int64_t kMaxRuns = 4096;
 
-// Calls one(i, totals) for every sequence, in parallel over runs of them, and adds the runs'
-// totals in order: the result does not depend on the number of threads.
+// Calls one(i, totals) for every sequence, in parallel over runs of them of `token_grain` tokens or
+// more, and adds the runs' totals in order: the result does not depend on the number of threads.
 template <typename Totals, typename One>
-Totals over_sequences(const SequenceGrid& grid, int64_t tokens, One one) {
+Totals over_sequences(const SequenceGrid& grid, int64_t tokens, int64_t token_grain, One one) {
   const int64_t run = grid.sequences / kMaxRuns + 1;
   const int64_t runs = (grid.sequences + run - 1) / run;
-  const int64_t grain = tokens > 0 ? kTokenGrain * runs / tokens + 1 : runs + 1;
+  const int64_t grain = tokens > 0 ? token_grain * runs / tokens + 1 : runs + 1;
   std::vector<Totals> totals(runs);
   torch::stable::parallel_for(0, runs, grain, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {

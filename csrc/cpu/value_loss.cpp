@@ -45,8 +45,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> value_loss_cpu(
                      : TokenRows<float>();
 
   const auto kernel = value_kernels().value;
-  const ValueTotals sum =
-      over_sequences<ValueTotals>(grid, values.numel(), [&](int64_t i, ValueTotals* totals) {
+  const ValueTotals sum = over_sequences<ValueTotals>(
+      grid, values.numel(), kTokenGrain, [&](int64_t i, ValueTotals* totals) {
         kernel(o,
                {grid.size(i), v.row(grid, i), r.row(grid, i), old.row(grid, i),
                 flag_bytes(m.row(grid, i)), g.row(grid, i)},
