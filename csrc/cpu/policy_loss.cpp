@@ -14,20 +14,14 @@
 namespace rlkern {
 namespace {
 
-// Tokens of a mask below which a second thread costs more than it brings.
-constexpr int64_t kCountGrain = 1 << 20;
-
 GradientScales gradient_scales(const PolicyOptions& o, const GivenDenominators& given,
                                const PolicyRows& rows, int64_t tokens) {
-  const auto is_given = [](double denominator) { return denominator == denominator; };
-  const bool counts_tokens =
-      o.aggregation == Aggregation::kTokenMean && !is_given(given.normalizer);
-  const bool counts_bonus =
-      o.entropy_coef != 0 && !o.entropy_same && !is_given(given.entropy_normalizer);
+  const bool counts_bonus = o.entropy_coef != 0 && !o.entropy_same &&
+                            !(given.entropy_normalizer == given.entropy_normalizer);
   PolicyTotals counts;
   counts.clear();
   counts.sum[kSequences] = static_cast<double>(rows.grid.sequences);
-  if (counts_tokens || counts_bonus || o.skip_empty) {
+  if (counts_tokens(o.aggregation, given) || counts_bonus || o.skip_empty) {
     const auto kernel = token_kernels().count;
     counts = over_sequences<PolicyTotals>(
         rows.grid, tokens, kCountGrain,

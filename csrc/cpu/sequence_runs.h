@@ -7,12 +7,15 @@
 #include <optional>
 #include <vector>
 
+#include "../common/policy_totals.h"
 #include "../common/sequence_view.h"
 
 namespace rlkern {
 
 // Tokens below which a second thread costs more than it brings.
 constexpr int64_t kTokenGrain = 16384;
+// The same where a mask is all that is read.
+constexpr int64_t kCountGrain = 1 << 20;
 // Totals that are kept until they are added; long runs of short sequences share one.
 constexpr int64_t kMaxRuns = 4096;
 
@@ -52,6 +55,11 @@ inline double given_number(const std::optional<Tensor>& tensor, double number, c
   check(tensor->numel() == 1 && tensor->scalar_type() == ScalarType::Double, name,
         ": expected one float64");
   return *static_cast<const double*>(tensor->data_ptr());
+}
+
+// The tokens divide, and have to be counted.
+inline bool counts_tokens(Aggregation aggregation, const GivenDenominators& given) {
+  return aggregation == Aggregation::kTokenMean && !(given.normalizer == given.normalizer);
 }
 
 inline float upstream_factor(const Tensor& grad_loss, const Tensor& scale, int64_t place) {

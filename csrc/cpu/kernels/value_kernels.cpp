@@ -9,10 +9,18 @@
 namespace rlkern {
 namespace {
 
-void value(const ValueOptions& o, const ValueSequence& s, ValueTotals* out) {
+void count(const ValueSequence& s, ValueTotals* out) {
+  const long long tokens = count_both(s.mask, nullptr, s.size);
+  out->sum[kValueTokens] += (double)tokens;
+  out->sum[kValueSequences] += 1;
+  out->sum[kValueNonEmpty] += tokens > 0;
+}
+
+void value(const ValueOptions& o, const ValueSequence& s, float scale, ValueTotals* out) {
   const long long count = count_both(s.mask, nullptr, s.size);
   const bool mean = o.aggregation == Aggregation::kSeqMeanTokenMean;
   const double share = mean && count > 1 ? 1.0 / (double)count : 1.0;
+  const float of_gradient = (float)share * scale;
   enum { kLossSum, kClippedSum, kV, kR, kRSquared, kE, kESquared, kCount };
   Sums<kCount> sums;
   const auto terms = [&](const auto& block) __attribute__((always_inline)) {
@@ -26,7 +34,7 @@ void value(const ValueOptions& o, const ValueSequence& s, ValueTotals* out) {
     sums.chain[kRSquared] += target * target;
     sums.chain[kE] += t.residual;
     sums.chain[kESquared] += t.residual * t.residual;
-    if (s.grad_values != nullptr) block.store(s.grad_values, (float)share * t.slope);
+    if (s.grad_values != nullptr) block.store(s.grad_values, of_gradient * t.slope);
   };
   for_blocks(s, &sums, terms, s.grad_values);
   double* t = out->sum;
@@ -62,5 +70,6 @@ void kl(KlEstimator estimator, KlClamp clamp, const KlTokens& s) {
 
 extern "C" const rlkern::ValueKernels RLKERN_JOIN(rlkern_value_kernels_, RLKERN_ISA) = {
     rlkern::value,
+    rlkern::count,
     rlkern::kl,
 };
