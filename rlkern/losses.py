@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from rlkern.ops.policy_loss import (
     CORRECTION_MODES,
     RATIO_LEVELS,
     SURROGATES,
+    numbers,
     policy_loss,
 )
 from rlkern.ops.value_loss import value_loss
@@ -174,6 +176,8 @@ class PolicyLoss:
         self._take_defaults()
         self._check_ranges()
         self._check_contradictions()
+        # Filled now, so that torch.compile finds plain attributes.
+        _ = self.numbers, self._names
 
     def _take_defaults(self) -> None:
         defaults = _DEFAULTS[self.surrogate]
@@ -241,6 +245,20 @@ class PolicyLoss:
                 "correction: expected level 'token' with surrogate 'vespo', "
                 f"got {self.correction.level!r}"
             )
+
+    # What every call needs again.
+    @cached_property
+    def numbers(self) -> list[float]:
+        """The fields as the operator takes them."""
+        return numbers(self)
+
+    @cached_property
+    def _names(self) -> dict[tuple[bool, bool], tuple[str, ...]]:
+        """The metrics' names, by whether the call has ref_logprobs, and entropy."""
+        both = (False, True)
+        return {
+            (ref, entropy): self._metric_names(ref, entropy) for ref in both for entropy in both
+        }
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> PolicyLoss:
@@ -333,7 +351,8 @@ class PolicyLoss:
         )
         self._check_call(batch, given)
         loss, vector = policy_loss(self, batch, given)
-        return LossOutput(loss, Metrics(vector, _POLICY_METRICS, self._metric_names(batch)))
+        names = self._names[batch.ref_logprobs is not None, batch.entropy is not None]
+        return LossOutput(loss, Metrics(vector, _POLICY_METRICS, names))
 
     def _check_call(self, batch: definition.Batch, given: Denominators) -> None:
         if self.kl_coef and batch.ref_logprobs is None:
@@ -352,12 +371,12 @@ class PolicyLoss:
             _unused("entropy_normalizer", "the loss divides no entropy by a count of tokens")
         _check_denominators(self, given)
 
-    def _metric_names(self, batch: definition.Batch) -> tuple[str, ...]:
+    def _metric_names(self, has_ref: bool, has_entropy: bool) -> tuple[str, ...]:
         names = ["policy_loss", "approx_kl", "ratio_mean", "ratio_min", "ratio_max", "tokens"]
         names.append("sequences")
-        if batch.ref_logprobs is not None:
+        if has_ref:
             names.append("kl")
-        if batch.entropy is not None:
+        if has_entropy:
             names.append("entropy")
         if self.surrogate in ("clip", "cispo", "gmpo", "dppo_tv", "dppo_kl"):
             names += ["clip_frac", "clip_frac_low", "clip_frac_high"]

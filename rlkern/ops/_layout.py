@@ -44,7 +44,8 @@ class Layout:
 
     def _ready(self, tensor: Tensor) -> Tensor:
         """In the dtype of the computation, consecutive in memory along a sequence."""
-        tensor = tensor.to(self.dtype)
+        if tensor.dtype != self.dtype:
+            tensor = tensor.to(self.dtype)
         return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
     def _float(self, value: object, name: str) -> Tensor:
@@ -92,10 +93,23 @@ class Layout:
                 )
         return offsets.long().contiguous()
 
+    def _is_ready(self, value: object, dtype: torch.dtype) -> bool:
+        """What most calls give is right as it is, which is seen in few steps."""
+        return (
+            type(value) is Tensor
+            and value.dtype == dtype
+            and value.layout == torch.strided
+            and value.shape == self.shape
+            and value.device == self.device
+            and value.is_contiguous()
+        )
+
     def tokens(self, value: object, name: str) -> Tensor | None:
         """One float per token, or None."""
         if value is None:
             return None
+        if self._is_ready(value, self.dtype):
+            return value  # type: ignore[return-value]
         tensor = self._float(value, name)
         self._require(tensor, name, (self.shape,))
         return self._ready(tensor)
@@ -123,6 +137,8 @@ class Layout:
         """One bool per token, or None."""
         if value is None:
             return None
+        if self._is_ready(value, torch.bool):
+            return value  # type: ignore[return-value]
         flags = _checks.require_tensor(value, name)
         if flags.is_floating_point() or flags.is_complex():
             raise TypeError(f"{name}: expected bool or an integer type, got {flags.dtype}")
