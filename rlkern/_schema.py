@@ -12,6 +12,15 @@ import torch
 _TOKEN_LOGPROBS = (
     "Tensor token_ids, Tensor? mask, Tensor? token_temperature, float temperature, float? softcap"
 )
+# One value per token, contiguous, and the numbers of the loss whose aggregation is a plain sum.
+_POLICY_TOKENS = (
+    "Tensor advantages, Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_logprobs, "
+    "Tensor? token_weights, Tensor? entropy_mask, Tensor scales, float[] token_options"
+)
+_POLICY_WHOLE = (
+    "Tensor? offsets, Tensor? normalizer, Tensor? num_sequences, Tensor? entropy_normalizer, "
+    "float[] options"
+)
 _TOKEN_LOGPROBS_SAVED = "Tensor logprobs, Tensor entropy, Tensor state"
 
 SCHEMAS = {
@@ -41,6 +50,14 @@ SCHEMAS = {
     "policy_loss_bwd": (
         "(Tensor grad_loss, Tensor grad_logprobs, Tensor grad_entropy, Tensor scale) "
         "-> (Tensor, Tensor)"
+    ),
+    # Of a loss that is separable by token: the gradient of logits [..., V] is written to
+    # grad, which may be the logits themselves. The rest is contiguous with one value per token;
+    # scales [..., 2] multiply the gradients with respect to log-probability and entropy, whose
+    # aggregation is a plain sum. -> logprobs, entropy [...] or [0], and those gradients [..., 2].
+    "policy_rows": (
+        f"(Tensor logits, Tensor(a!) grad, {_TOKEN_LOGPROBS}, {_POLICY_TOKENS}, "
+        "bool return_entropy) -> (Tensor, Tensor, Tensor)"
     ),
     # -> loss [], metrics in float64, the gradient without the batch's denominator (or [0]), and
     # what that is multiplied by, [1].
@@ -91,6 +108,19 @@ COMPOSITES = {
     "linear_token_logprobs": (
         f"(Tensor hidden, Tensor weight, Tensor? bias, {_TOKEN_LOGPROBS}, bool return_entropy, "
         "int rows, bool invariant, str backend) -> (Tensor, Tensor, Tensor)"
+    ),
+    # A separable policy loss (policy_rows) with what its losses and metrics need beside it.
+    # -> loss [], metrics, and the gradient of the logits for an upstream of 1.
+    "policy_loss_logits": (
+        f"(Tensor logits, {_TOKEN_LOGPROBS}, {_POLICY_TOKENS}, {_POLICY_WHOLE}, "
+        "bool return_entropy, str backend) -> (Tensor, Tensor, Tensor)"
+    ),
+    # active: where a token's gradient may differ from 0; others are left out of its products.
+    # -> loss [], metrics, and the gradients of hidden, weight and bias, [0] where not needed.
+    "policy_loss_hidden": (
+        f"(Tensor hidden, Tensor weight, Tensor? bias, {_TOKEN_LOGPROBS}, {_POLICY_TOKENS}, "
+        f"{_POLICY_WHOLE}, bool return_entropy, Tensor? active, bool metrics, int rows, "
+        "bool invariant, str backend, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     # -> the gradients of hidden, weight and bias, [0] where it is not needed.
     "linear_token_logprobs_bwd": (

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
+from rlkern._policy_heads import LossOutput, PolicyHeads
 from rlkern.metrics import Layout, Metrics, Reader, largest, mean, smallest
 from rlkern.ops import _checks, _layout
 from rlkern.ops.policy_loss import (
@@ -45,13 +46,17 @@ _DEFAULTS: dict[str, dict[str, float | None]] = {
 }
 _BY_SURROGATE = sorted({name for names in _DEFAULTS.values() for name in names})
 _LOG_RATIO_CLAMP = 20.0
-
-
-class LossOutput(NamedTuple):
-    """What a loss returns."""
-
-    loss: Tensor
-    metrics: Metrics
+# Arguments of a call that every entry point takes alike.
+_GIVEN = (
+    "old_logprobs",
+    "ref_logprobs",
+    "rollout_logprobs",
+    "token_weights",
+    "entropy_mask",
+    "normalizer",
+    "num_sequences",
+    "entropy_normalizer",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +87,7 @@ class RolloutCorrection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyLoss:
+class PolicyLoss(PolicyHeads):
     """A policy-gradient objective: what is minimised, term by term.
 
     With d = logp - old, r the ratio, A the advantage, per token (docs/losses.md has every formula
@@ -332,27 +337,56 @@ class PolicyLoss:
             RuntimeError: a backend was asked for that cannot serve the call.
         """
         layout = _layout.Layout("logprobs", logprobs, cu_seqlens)
+        given = {
+            "old_logprobs": old_logprobs,
+            "ref_logprobs": ref_logprobs,
+            "rollout_logprobs": rollout_logprobs,
+            "token_weights": token_weights,
+            "entropy_mask": entropy_mask,
+            "normalizer": normalizer,
+            "num_sequences": num_sequences,
+            "entropy_normalizer": entropy_normalizer,
+        }
+        flags = layout.flags(mask, "mask")
+        batch, denominators = self._collect(layout, layout.values, advantages, flags, given)
+        batch = batch._replace(entropy=layout.tokens(entropy, "entropy"))
+        self._check_call(batch, denominators)
+        loss, vector = policy_loss(self, batch, denominators)
+        return self._output(loss, vector, batch.ref_logprobs is not None, batch.entropy is not None)
+
+    def _collect(
+        self,
+        layout: _layout.Layout,
+        logprobs: Tensor,
+        advantages: Tensor,
+        mask: Tensor | None,
+        given: dict[str, Any],
+    ) -> tuple[definition.Batch, Denominators]:
+        """Everything but the entropy, checked."""
+        unknown = given.keys() - _GIVEN
+        if unknown:
+            _checks.one_of(min(unknown), _GIVEN, "argument")
         batch = definition.Batch(
-            layout.values,
+            logprobs,
             layout.per_sequence_or_token(advantages, "advantages"),
-            layout.flags(mask, "mask"),
-            layout.constants(old_logprobs, "old_logprobs"),
-            layout.constants(ref_logprobs, "ref_logprobs"),
-            layout.constants(rollout_logprobs, "rollout_logprobs"),
-            layout.tokens(entropy, "entropy"),
-            layout.constants(token_weights, "token_weights"),
-            layout.flags(entropy_mask, "entropy_mask"),
+            mask,
+            layout.constants(given.get("old_logprobs"), "old_logprobs"),
+            layout.constants(given.get("ref_logprobs"), "ref_logprobs"),
+            layout.constants(given.get("rollout_logprobs"), "rollout_logprobs"),
+            None,
+            layout.constants(given.get("token_weights"), "token_weights"),
+            layout.flags(given.get("entropy_mask"), "entropy_mask"),
             layout.offsets,
         )
-        given = Denominators(
-            layout.denominator(normalizer, "normalizer"),
-            layout.denominator(num_sequences, "num_sequences"),
-            layout.denominator(entropy_normalizer, "entropy_normalizer"),
+        denominators = Denominators(
+            layout.denominator(given.get("normalizer"), "normalizer"),
+            layout.denominator(given.get("num_sequences"), "num_sequences"),
+            layout.denominator(given.get("entropy_normalizer"), "entropy_normalizer"),
         )
-        self._check_call(batch, given)
-        loss, vector = policy_loss(self, batch, given)
-        names = self._names[batch.ref_logprobs is not None, batch.entropy is not None]
-        return LossOutput(loss, Metrics(vector, _POLICY_METRICS, names))
+        return batch, denominators
+
+    def _output(self, loss: Tensor, vector: Tensor, has_ref: bool, has_entropy: bool) -> LossOutput:
+        return LossOutput(loss, Metrics(vector, _POLICY_METRICS, self._names[has_ref, has_entropy]))
 
     def _check_call(self, batch: definition.Batch, given: Denominators) -> None:
         if self.kl_coef and batch.ref_logprobs is None:

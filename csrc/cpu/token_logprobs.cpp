@@ -11,88 +11,19 @@
 #include <vector>
 
 #include "../common/formulas.h"
-#include "../common/token_view.h"
 #include "isa.h"
+#include "logit_rows.h"
 
 namespace rlkern {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-// Elements below which a second thread costs more than it brings.
-constexpr int64_t kGrain = 16384;
-
-LogitType logit_type(const Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return LogitType::kFloat;
-    case ScalarType::Half:
-      return LogitType::kHalf;
-    case ScalarType::BFloat16:
-      return LogitType::kBFloat16;
-    default:
-      fail("logits: expected float32, float16 or bfloat16");
-  }
-}
-
-// What forward and backward share: the logits' rows and the values that belong to each.
-struct Rows {
-  TokenGrid grid;
-  LogitType type;
-  int64_t element_size;
-  char* data;
-  int64_t vocab;
-  TokenView<const int64_t> ids;
-  TokenView<const bool> mask;
-  TokenView<const float> token_temperature;
-  float inv_temperature;
-  float softcap;
-
-  Rows(const Tensor& logits, const Tensor& token_ids, const std::optional<Tensor>& mask_,
-       const std::optional<Tensor>& token_temperature_, double temperature,
-       std::optional<double> softcap_)
-      : grid(token_grid(logits, token_dims(logits), "logits")),
-        type(logit_type(logits)),
-        element_size(type == LogitType::kFloat ? 4 : 2),
-        data(static_cast<char*>(logits.data_ptr())),
-        vocab(logits.size(logits.dim() - 1)),
-        ids(token_ids, logits, ScalarType::Long, "token_ids"),
-        mask(mask_, logits, ScalarType::Bool, "mask"),
-        token_temperature(token_temperature_, logits, ScalarType::Float, "temperature"),
-        inv_temperature(static_cast<float>(1.0 / temperature)),
-        softcap(softcap_or_none(softcap_)) {
-    check(vocab > 0, "logits: expected at least one value per row, got none");
-    check(vocab == 1 || logits.stride(logits.dim() - 1) == 1,
-          "logits: expected rows of consecutive values, got a stride of ",
-          logits.stride(logits.dim() - 1));
-    check(temperature > 0, "temperature: expected a positive number, got ", temperature);
-  }
-
-  bool counts(int64_t token) const { return !mask || mask[token]; }
-  void* row_data(int64_t token) const { return data + grid.offset(token) * element_size; }
-  LogitRow row(int64_t token) const {
-    const float inv = token_temperature ? 1.0f / token_temperature[token] : inv_temperature;
-    return {row_data(token), vocab, ids[token], inv, softcap};
-  }
-  int64_t grain() const { return kGrain / vocab + 1; }
-
-  // Before anything is computed: an id read past its row would be a silent wrong number.
-  void check_values() const {
-    for (int64_t i = 0; i < grid.size(); ++i) {
-      if (!counts(i)) continue;
-      check(ids[i] >= 0 && ids[i] < vocab, "token_ids: expected values in [0, ", vocab, "), got ",
-            ids[i], " at token ", i);
-      check(!token_temperature || token_temperature[i] > 0,
-            "temperature: expected positive values, got ",
-            token_temperature ? token_temperature[i] : 0.0f, " at token ", i);
-    }
-  }
-};
 
 Tensor new_tokens(const Tensor& logits, std::vector<int64_t> sizes) {
   return torch::stable::new_empty(logits, sizes, ScalarType::Float);
 }
 
-void backward_rows(const Rows& rows, const std::optional<Tensor>& grad_logprobs,
+void backward_rows(const LogitRows& rows, const std::optional<Tensor>& grad_logprobs,
                    const std::optional<Tensor>& grad_entropy, const Tensor& logits,
                    const Tensor& logprobs, const Tensor& entropy, const Tensor& state,
                    const Tensor& grad) {
@@ -138,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs_cpu(Tensor logits, Tensor toke
                                                       double temperature,
                                                       std::optional<double> softcap,
                                                       bool return_entropy) {
-  const Rows rows(logits, token_ids, mask, token_temperature, temperature, softcap);
+  const LogitRows rows(logits, token_ids, mask, token_temperature, temperature, softcap);
   rows.check_values();
   std::vector<int64_t> sizes(logits.sizes().begin(), logits.sizes().end() - 1);
   Tensor logprobs = new_tokens(logits, sizes);
@@ -174,7 +105,7 @@ Tensor token_logprobs_bwd_cpu(std::optional<Tensor> grad_logprobs,
                               std::optional<Tensor> mask, std::optional<Tensor> token_temperature,
                               double temperature, std::optional<double> softcap, Tensor logprobs,
                               Tensor entropy, Tensor state) {
-  const Rows rows(logits, token_ids, mask, token_temperature, temperature, softcap);
+  const LogitRows rows(logits, token_ids, mask, token_temperature, temperature, softcap);
   Tensor grad = torch::stable::new_empty(logits, logits.sizes());
   backward_rows(rows, grad_logprobs, grad_entropy, logits, logprobs, entropy, state, grad);
   return grad;
@@ -186,7 +117,7 @@ void token_logprobs_bwd_inplace_cpu(std::optional<Tensor> grad_logprobs,
                                     std::optional<Tensor> token_temperature, double temperature,
                                     std::optional<double> softcap, Tensor logprobs, Tensor entropy,
                                     Tensor state) {
-  const Rows rows(logits, token_ids, mask, token_temperature, temperature, softcap);
+  const LogitRows rows(logits, token_ids, mask, token_temperature, temperature, softcap);
   backward_rows(rows, grad_logprobs, grad_entropy, logits, logprobs, entropy, state, logits);
 }
 

@@ -26,19 +26,32 @@ class Layout:
     """
 
     def __init__(self, name: str, values: object, cu_seqlens: object) -> None:
-        self.name = name
         tensor = self._float(values, name)
-        self.shape = tensor.shape
+        self._take(name, tensor.shape, tensor, cu_seqlens)
+        self.values = self._ready(tensor)
+
+    @classmethod
+    def of_rows(cls, name: str, rows: Tensor, cu_seqlens: object) -> Layout:
+        """From [B, T, X] or [total, X], where each token has a row of its own."""
+        layout = cls.__new__(cls)
+        layout._take(name, rows.shape[:-1], rows, cu_seqlens, ", X")
+        return layout
+
+    def _take(
+        self, name: str, shape: torch.Size, tensor: Tensor, cu_seqlens: object, last: str = ""
+    ) -> None:
+        self.name = name
+        self.shape = shape
         self.device = tensor.device
         self.dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        self.values = self._ready(tensor)
         self.offsets = None if cu_seqlens is None else self._checked_offsets(cu_seqlens)
         if self.offsets is None:
-            if tensor.dim() != 2:
+            if len(shape) != 2:
                 raise ValueError(
-                    f"{name}: expected [B, T], or [total] with cu_seqlens, got {list(tensor.shape)}"
+                    f"{name}: expected [B, T{last}], or [total{last}] with cu_seqlens, "
+                    f"got {list(tensor.shape)}"
                 )
-            self.sequences = tensor.shape[0]
+            self.sequences = shape[0]
         else:
             self.sequences = self.offsets.shape[0] - 1
 

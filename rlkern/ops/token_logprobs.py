@@ -109,7 +109,7 @@ def token_logprobs(
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
     inplace = inplace_backward and needs_grad
     if inplace:
-        _require_writable(logits)
+        require_writable(logits, "inplace_backward=True")
 
     backend = _backend.choose("token_logprobs", logits.device.type, logits.dtype)
     rows = logits.flatten(0, -3) if logits.dim() > 3 else logits
@@ -119,7 +119,8 @@ def token_logprobs(
     inplace = inplace and not torch.compiler.is_compiling()
     if inplace and rows.data_ptr() != logits.data_ptr():
         raise ValueError(
-            _INPLACE + f"a tensor whose rows must be copied to be read (strides {logits.stride()})"
+            "inplace_backward=True: expected logits whose memory may hold their gradient, got a "
+            f"tensor whose rows must be copied to be read (strides {logits.stride()})"
         )
     shape = ids.shape
     if logits.dim() > 3:
@@ -137,20 +138,19 @@ def token_logprobs(
     return TokenLogprobs(logprobs.view(shape), entropy.view(shape))
 
 
-_INPLACE = "inplace_backward=True: expected logits whose memory may hold their gradient, got "
-
-
-def _require_writable(logits: Tensor) -> None:
+def require_writable(logits: Tensor, option: str) -> None:
+    """Refuses logits whose memory cannot hold their gradient."""
+    wanted = f"{option}: expected logits whose memory may hold their gradient, got "
     base = logits._base
     if logits.is_leaf:
         raise ValueError(
-            _INPLACE + "a leaf tensor: the backward would overwrite a parameter or an input"
+            wanted + "a leaf tensor: the backward would overwrite a parameter or an input"
         )
     if base is not None and base.is_leaf and base.requires_grad:
-        raise ValueError(_INPLACE + "a view of a leaf tensor: the backward would overwrite it")
+        raise ValueError(wanted + "a view of a leaf tensor: the backward would overwrite it")
     if _elements_share_memory(logits):
         raise ValueError(
-            _INPLACE + f"an expanded or overlapping tensor (shape {list(logits.shape)}, strides "
+            wanted + f"an expanded or overlapping tensor (shape {list(logits.shape)}, strides "
             f"{logits.stride()}): its elements share memory"
         )
 

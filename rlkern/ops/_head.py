@@ -1,0 +1,127 @@
+"""The lm_head in chunks of tokens: what the operators on hidden states share.
+
+Only one chunk's logits are ever in memory; how many tokens that is follows from a budget of bytes,
+the vocabulary and the dtype, not from how many tokens there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rlkern.ops import _checks
+
+#: Bytes of logits that a call holds at a time, unless it says otherwise.
+MEMORY_BUDGET = 96 << 20
+# Chunks are whole multiples of what the matrix kernels work on at a time.
+_ROWS = 64
+# Of the weight gradient that one chunk gives, before it is added to the sum.
+_PART_BYTES = 16 << 20
+
+
+def checked_budget(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"memory_budget: expected an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"memory_budget: expected at least 1 byte, got {value}")
+    return value
+
+
+def chunk_rows(vocab: int, element_size: int, memory_budget: int) -> int:
+    """Tokens of a chunk: not a matter of how many there are."""
+    return max(memory_budget // (vocab * element_size) // _ROWS, 1) * _ROWS
+
+
+def checked_products(
+    hidden: object, weight: object, bias: object
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The factors, under autocast in its dtype."""
+    h = _checks.require_logits(hidden, "hidden", "[..., D] with D of at least 1")
+    w = _checks.require_logits(weight, "weight", "[V, D] with D of at least 1")
+    if w.dim() != 2 or w.shape[0] == 0 or w.shape[1] != h.shape[-1]:
+        raise ValueError(
+            f"weight: expected shape [V, {h.shape[-1]}] (hidden's last dimension) with V of at "
+            f"least 1, got {list(w.shape)}"
+        )
+    b = None
+    if bias is not None:
+        b = _checks.require_logits(bias, "bias", "[V]")
+        if b.shape != w.shape[:1]:
+            raise ValueError(
+                f"bias: expected shape [{w.shape[0]}] (weight's rows), got {list(b.shape)}"
+            )
+    for name, factor in (("hidden", h), ("weight", w), ("bias", b)):
+        if factor is None:
+            continue
+        _checks.refuse_tangent(factor, name)
+        if factor.device != h.device:
+            raise ValueError(f"{name}: expected device {h.device} (hidden's), got {factor.device}")
+    kind = h.device.type
+    if torch.is_autocast_enabled(kind) and h.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        return h.to(dtype), w.to(dtype), None if b is None else b.to(dtype)
+    for name, factor in (("weight", w), ("bias", b)):
+        if factor is not None and factor.dtype != h.dtype:
+            raise TypeError(f"{name}: expected {h.dtype} (hidden's dtype), got {factor.dtype}")
+    return h, w, b
+
+
+class Chunk:
+    """Some tokens: which, their hidden states, and a buffer's worth of their logits."""
+
+    def __init__(self, rows: slice | Tensor, count: int) -> None:
+        self.rows, self.count = rows, count
+
+    def of(self, values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[self.rows]
+
+
+def chunks(hidden: Tensor, mask: Tensor | None, rows: int) -> Iterator[Chunk]:
+    """Chunks of at most `rows` tokens; without the masked ones where nobody waits for the count."""
+    if mask is not None and mask.device.type == "cpu":
+        places = mask.nonzero().squeeze(1)
+        for part in places.split(rows):
+            yield Chunk(part, part.shape[0])
+        return
+    total = hidden.shape[0]
+    for begin in range(0, total, rows):
+        end = min(begin + rows, total)
+        yield Chunk(slice(begin, end), end - begin)
+
+
+def products(hidden: Tensor, chunk: Chunk, rows: int, invariant: bool) -> Tensor:
+    """The hidden states of a chunk, padded to the shape that every product has."""
+    part = hidden[chunk.rows]
+    if not invariant or chunk.count == rows:
+        return part
+    return torch.cat([part, part.new_zeros(rows - chunk.count, part.shape[1])])
+
+
+class GradientSum:
+    """A gradient that several chunks give parts of, added in fp32 (fp64 for fp64)."""
+
+    def __init__(self, like: Tensor) -> None:
+        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        self.dtype = like.dtype
+        self.sum = torch.zeros(like.shape, dtype=wide, device=like.device)
+
+    def add_product(self, grads: Tensor, hidden: Tensor) -> None:
+        """Of the weight: grads^T hidden."""
+        if self.sum.dtype == grads.dtype:
+            self.sum.addmm_(grads.t(), hidden)
+            return
+        # By parts of the vocabulary: the product is rounded before it is added, and is not whole
+        # in memory beside the sum.
+        part = max(_PART_BYTES // (hidden.shape[1] * hidden.element_size()), 1)
+        for begin in range(0, self.sum.shape[0], part):
+            columns = slice(begin, begin + part)
+            self.sum[columns] += torch.mm(grads[:, columns].t(), hidden)
+
+    def add(self, grads: Tensor) -> None:
+        """Of the bias."""
+        self.sum += grads.sum(0, dtype=self.sum.dtype)
+
+    def result(self) -> Tensor:
+        return self.sum.to(self.dtype)

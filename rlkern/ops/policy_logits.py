@@ -1,0 +1,186 @@
+"""A policy loss from logits: one read and one write of each row where the loss allows it.
+
+A loss that is separable by token takes its gradient in the forward pass (policy_rows); the backward
+multiplies it by the upstream gradient, if that is not 1. Losses that couple the tokens of a
+sequence, and calls without a gradient, are token_logprobs and policy_loss one after the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlkern import _backend
+from rlkern.ops import _register, policy_rows
+from rlkern.ops.policy_loss import METRICS, options, policy_loss
+from rlkern.ops.policy_rows import RowArguments, TokenArguments
+from rlkern.ops.token_logprobs import require_writable, token_logprobs
+from rlkern.reference import policy_loss as definition
+from rlkern.reference.aggregation import Denominators
+
+
+class WholeArguments(NamedTuple):
+    """What the loss and the metrics of all tokens need beside TokenArguments."""
+
+    offsets: Tensor | None
+    normalizer: Tensor | None
+    num_sequences: Tensor | None
+    entropy_normalizer: Tensor | None
+    options: list[float]
+
+
+def whole_arguments(loss: Any, batch: definition.Batch, given: Denominators) -> WholeArguments:
+    normalizer, num_sequences, entropy_normalizer = (
+        value if isinstance(value, Tensor) else None for value in given
+    )
+    return WholeArguments(
+        batch.offsets, normalizer, num_sequences, entropy_normalizer, options(loss, given)
+    )
+
+
+def loss_and_metrics(
+    backend: str,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    mask: Tensor | None,
+    tokens: TokenArguments,
+    whole: WholeArguments,
+) -> tuple[Tensor, Tensor]:
+    """Of all tokens, without gradients."""
+    value, vector, *_ = _register.overload("policy_loss", backend)(
+        logprobs, tokens.advantages, mask, tokens.old_logprobs, tokens.ref_logprobs,
+        tokens.rollout_logprobs, entropy, tokens.token_weights, tokens.entropy_mask, *whole, False,
+        False,
+    )  # fmt: skip
+    return value, vector
+
+
+def policy_loss_logits(
+    loss: Any,
+    logits: Tensor,
+    rows: RowArguments,
+    batch: definition.Batch,
+    given: Denominators,
+    return_entropy: bool,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    """The loss and the metrics' vector. `batch` has a stand-in of the right shape for logprobs."""
+    needs_grad = torch.is_grad_enabled() and logits.requires_grad
+    inplace = inplace and needs_grad
+    if inplace:
+        require_writable(logits, "inplace=True")
+    backend = _backend.choose("policy_loss", logits.device.type, logits.dtype)
+    if backend == "eager" or not needs_grad or not policy_rows.is_separable(loss):
+        number, per_token = rows.temperature, rows.token_temperature
+        out = token_logprobs(
+            logits,
+            rows.token_ids,
+            mask=rows.mask,
+            temperature=number if per_token is None else per_token,
+            softcap=rows.softcap,
+            return_entropy=True,
+            inplace_backward=inplace,
+        )
+        entropy = out.entropy if return_entropy else None
+        return policy_loss(loss, batch._replace(logprobs=out.logprobs, entropy=entropy), given)
+    if logits.stride(-1) != 1:
+        if inplace:
+            raise ValueError(
+                "inplace=True: expected rows that are consecutive in memory, got logits with "
+                f"strides {logits.stride()}"
+            )
+        logits = logits.contiguous()
+    tokens = policy_rows.token_arguments(loss, batch, given)
+    whole = whole_arguments(loss, batch, given)
+    if inplace and not torch.compiler.is_compiling():
+        return _Inplace.apply(logits, rows, tokens, whole, return_entropy, backend)
+    value, vector, _ = torch.ops.rlkern.policy_loss_logits(
+        logits, *rows, *tokens, *whole, return_entropy, backend
+    )
+    return value, vector
+
+
+def _into(
+    grad: Tensor,
+    logits: Tensor,
+    rows: RowArguments,
+    tokens: TokenArguments,
+    whole: WholeArguments,
+    return_entropy: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    logprobs, entropy, _ = policy_rows.run(backend, logits, grad, rows, tokens, return_entropy)
+    kept = entropy if return_entropy else None
+    return loss_and_metrics(backend, logprobs, kept, rows.mask, tokens, whole)
+
+
+class _Inplace(torch.autograd.Function):
+    """The gradient takes the place of the logits in the forward pass already.
+
+    A function of eager mode: an operator that mutates its input cannot have a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        # Shares memory and version counter: whoever saved the logits, or uses them again, is told.
+        memory = logits.detach()
+        value, vector = _into(memory, memory, *args)
+        torch.autograd.graph.increment_version(memory)
+        ctx.backend = args[-1]
+        ctx.save_for_backward(memory)
+        ctx.mark_non_differentiable(vector)
+        ctx.used = False
+        return value, vector
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        _register.refuse_create_graph("policy_loss_logits")
+        if ctx.used:
+            raise RuntimeError(
+                "inplace=True: expected one backward, got a second one: the first has scaled the "
+                "gradient that lies over the logits"
+            )
+        ctx.used = True
+        (grad,) = ctx.saved_tensors
+        if ctx.backend != "native" or grad.device.type != "cpu" or grads[0].item() != 1:
+            grad.mul_(grads[0])
+        return grad, *[None] * 5
+
+
+# ---- the operator ------------------------------------------------------------------------------
+
+
+def _forward(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows, tokens = RowArguments(*args[:5]), TokenArguments(*args[5:13])
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    value, vector = _into(grad, logits, rows, tokens, WholeArguments(*args[13:18]), *args[18:])
+    return value, vector, grad
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, vector, grad = output
+    ctx.mark_non_differentiable(vector, grad)
+    ctx.save_for_backward(grad)
+    ctx.arguments = len(inputs)
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
+    _register.refuse_create_graph("policy_loss_logits")
+    (grad,) = ctx.saved_tensors
+    return grad * grad_loss, *[None] * (ctx.arguments - 1)
+
+
+def _fake(logits, *rest):
+    return (
+        logits.new_empty((), dtype=torch.float32),
+        logits.new_empty((METRICS,), dtype=torch.float64),
+        logits.new_empty(logits.shape),
+    )
+
+
+_register.register_composite("policy_loss_logits", _forward, _fake)
+torch.library.register_autograd(
+    "rlkern::policy_loss_logits", _backward, setup_context=_setup_context, lib=_register.LIBRARY
+)

@@ -1,0 +1,174 @@
+"""policy_rows: a policy loss that is separable by token, its gradient written in the row pass.
+
+The operator for an upstream gradient of 1: from a row of logits its log-probability, from that and
+the token's inputs the gradient of the loss, and with it the row's gradient. Natively on a CPU the
+row stays in the cache meanwhile; elsewhere the same is composed of three operators.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlkern.ops import _register
+from rlkern.reference import policy_loss as definition
+from rlkern.reference.aggregation import Denominators, Sequences, denominator, token_weight
+
+
+class RowArguments(NamedTuple):
+    """What token_logprobs takes beside the logits, checked."""
+
+    token_ids: Tensor
+    mask: Tensor | None
+    token_temperature: Tensor | None
+    temperature: float
+    softcap: float | None
+
+    def flat(self) -> RowArguments:
+        ids, mask, per_token, *numbers = self
+        return RowArguments(
+            ids.reshape(-1),
+            None if mask is None else mask.reshape(-1),
+            None if per_token is None else per_token.reshape(-1),
+            *numbers,
+        )
+
+
+class TokenArguments(NamedTuple):
+    """A separable loss by token: contiguous, one value each, scales [..., 2]."""
+
+    advantages: Tensor
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None
+    token_weights: Tensor | None
+    entropy_mask: Tensor | None
+    scales: Tensor
+    options: list[float]
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> TokenArguments:
+        """With every tensor replaced."""
+        *tensors, options = self
+        return TokenArguments(*(x if x is None else change(x) for x in tensors), options)
+
+
+def is_separable(loss: Any) -> bool:
+    """Whether a token's gradient needs nothing of its sequence but its length."""
+    return (
+        loss.ratio_level == "token"
+        and loss.surrogate not in ("gmpo", "vespo")
+        and loss.off_policy_threshold is None
+        and (loss.correction is None or loss.correction.level == "token")
+    )
+
+
+def token_arguments(loss: Any, batch: definition.Batch, given: Denominators) -> TokenArguments:
+    """The loss as a plain sum over tokens, and what the aggregation multiplies each token by."""
+    dtype = batch.advantages.dtype
+    shape = batch.logprobs.shape
+    mask = torch.ones(shape, dtype=torch.float64, device=batch.advantages.device)
+    if batch.mask is not None:
+        mask = batch.mask.to(torch.float64)
+    sequences = Sequences(mask, batch.offsets)
+    advantages = batch.advantages
+    if batch.advantage_per_sequence:
+        advantages = sequences.spread(advantages)
+    own, _ = denominator(loss, given, sequences)
+    policy = sequences.spread(token_weight(loss, sequences) / own)
+    bonus = policy
+    if loss.entropy_coef and loss.entropy_aggregation != "same":
+        chosen = mask if batch.entropy_mask is None else mask * batch.entropy_mask
+        count = given.entropy_normalizer
+        bonus = torch.ones_like(mask) / (chosen.sum().clamp(min=1) if count is None else count)
+
+    def flat(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.contiguous()
+
+    return TokenArguments(
+        advantages.contiguous(),
+        flat(batch.old_logprobs),
+        flat(batch.ref_logprobs),
+        flat(batch.rollout_logprobs),
+        flat(batch.token_weights),
+        flat(batch.entropy_mask),
+        torch.stack([policy, bonus], -1).to(dtype),
+        loss.token_sum_numbers + [math.nan] * 3,
+    )
+
+
+def run(
+    backend: str,
+    logits: Tensor,
+    grad: Tensor,
+    rows: RowArguments,
+    tokens: TokenArguments,
+    return_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs, entropy (or [0]) and the gradients of both, [..., 2]."""
+    return _register.overload("policy_rows", backend)(logits, grad, *rows, *tokens, return_entropy)
+
+
+def _composed(backend: str) -> Any:
+    def policy_rows(logits, grad, *args):
+        rows, tokens = RowArguments(*args[:5]), TokenArguments(*args[5:-1])
+        return_entropy = args[-1]
+        logprobs, entropy, state = _register.overload("token_logprobs", backend)(
+            logits, *rows, return_entropy
+        )
+
+        def line(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.reshape(1, -1)
+
+        entropy_grad = tokens.options[11] != 0  # entropy_coef
+        _, _, g, h, scale = _register.overload("policy_loss", backend)(
+            line(logprobs),
+            line(tokens.advantages),
+            line(rows.mask),
+            line(tokens.old_logprobs),
+            line(tokens.ref_logprobs),
+            line(tokens.rollout_logprobs),
+            line(entropy) if return_entropy else None,
+            line(tokens.token_weights),
+            line(tokens.entropy_mask),
+            *[None] * 4,
+            tokens.options,
+            True,
+            entropy_grad,
+        )
+        upstream = torch.zeros_like(tokens.scales)
+        upstream[..., 0] = g.view(logprobs.shape) * scale[0] * tokens.scales[..., 0]
+        if entropy_grad:
+            upstream[..., 1] = h.view(logprobs.shape) * scale[1] * tokens.scales[..., 1]
+        if grad.data_ptr() != logits.data_ptr():
+            grad.copy_(logits)
+        _register.overload("token_logprobs_bwd_", backend)(
+            upstream[..., 0].contiguous(),
+            upstream[..., 1].contiguous() if entropy_grad else None,
+            grad,
+            *rows,
+            logprobs,
+            entropy,
+            state,
+        )
+        return logprobs, entropy, upstream
+
+    return policy_rows
+
+
+def _fake(logits, grad, token_ids, *rest):
+    tokens = logits.shape[:-1]
+    return (
+        logits.new_empty(tokens, dtype=torch.float32),
+        logits.new_empty(tokens if rest[-1] else (0,), dtype=torch.float32),
+        logits.new_empty((*tokens, 2), dtype=torch.float32),
+    )
+
+
+_register.register_fake("policy_rows", _fake)
+_register.register_python("policy_rows", "triton", _composed("triton"))
+# On a GPU with compiled kernels, too; the CPU's own is in C++.
+_register.LIBRARY.impl("policy_rows", _composed("native"), "CUDA")
