@@ -82,7 +82,7 @@ def chunks(hidden: Tensor, mask: Tensor | None, rows: int) -> Iterator[Chunk]:
     """Chunks of at most `rows` tokens; without the masked ones where nobody waits for the count."""
     if mask is not None and mask.device.type == "cpu":
         places = mask.nonzero().squeeze(1)
-        for part in places.split(rows):
+        for part in places.split(rows) if len(places) else ():
             yield Chunk(part, part.shape[0])
         return
     total = hidden.shape[0]

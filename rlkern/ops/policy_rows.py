@@ -53,7 +53,8 @@ class TokenArguments(NamedTuple):
     def changed(self, change: Callable[[Tensor], Tensor]) -> TokenArguments:
         """With every tensor replaced."""
         *tensors, options = self
-        return TokenArguments(*(x if x is None else change(x) for x in tensors), options)
+        changed: list[Any] = [x if x is None else change(x) for x in tensors]
+        return TokenArguments(*changed, options)
 
 
 def is_separable(loss: Any) -> bool:
@@ -89,7 +90,8 @@ def token_arguments(loss: Any, batch: definition.Batch, given: Denominators) -> 
         return None if x is None else x.contiguous()
 
     return TokenArguments(
-        advantages.contiguous(),
+        # A clone, because a tensor without elements is contiguous under any strides.
+        advantages.clone(memory_format=torch.contiguous_format),
         flat(batch.old_logprobs),
         flat(batch.ref_logprobs),
         flat(batch.rollout_logprobs),

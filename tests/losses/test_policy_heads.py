@@ -1,0 +1,522 @@
+"""PolicyLoss.from_logits and from_hidden against the same in steps, in float64.
+
+Tolerances. fp32: a logit is a sum of D = 12 products, good to 12 * 2^-24 of their magnitudes; that
+error goes through exp into log-probability, ratio and gradient, with factors of a few units each:
+RTOL of the largest entry. Decisions (clip or not) may fall the other way only within that distance
+of their bound, which no token of these batches is. 16-bit types: no worse than eager in steps.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from heads import LOSSES, HeadBatch, in_steps
+from torch.utils.checkpoint import checkpoint
+
+import rlkern
+from rlkern import PolicyLoss
+
+RTOL = 2e-5
+NAN = float("nan")
+
+
+def near(actual, expected, rtol=RTOL):
+    """In the largest entry, with infinities in the same places."""
+    actual = actual.double()
+    finite = expected.isfinite()
+    assert torch.equal(actual[~finite], expected[~finite])
+    if finite.any():
+        error = (actual - expected)[finite].abs().max()
+        assert error <= rtol * expected[finite].abs().max().clamp(min=1e-3), (error, rtol)
+
+
+def from_logits(loss, batch, upstream=1.0, temperature=1.0, **options):
+    hidden, weight = (x.clone().requires_grad_() for x in (batch.hidden, batch.weight))
+    logits = hidden @ weight.t()
+    seen = []
+    logits.register_hook(seen.append)
+    out = loss.from_logits(
+        logits, batch.ids, batch.advantages, temperature=temperature, entropy=True, **options,
+        **batch.given,
+    )  # fmt: skip
+    (upstream * out.loss).backward()
+    return out.loss.detach(), out.metrics.vector, seen[0], hidden.grad, weight.grad
+
+
+def from_hidden(loss, batch, upstream=1.0, temperature=1.0, **options):
+    hidden, weight = (x.clone().requires_grad_() for x in (batch.hidden, batch.weight))
+    out = loss.from_hidden(
+        hidden, weight, batch.ids, batch.advantages, temperature=temperature, entropy=True,
+        **{"memory_budget": 1} | options, **batch.given,
+    )  # fmt: skip
+    (upstream * out.loss).backward()
+    vector = out.metrics.vector if out.metrics is not None else None
+    return out.loss.detach(), vector, hidden.grad, weight.grad
+
+
+def single(dtype):
+    """The kernels' tests run in fp32; the fp64 backend runs in fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_equals_the_steps(backend, name, layout):
+    loss = LOSSES[name]
+    batch = HeadBatch(
+        loss, packed=layout == "packed", per_token=name == "ppo", dtype=single(backend.dtype)
+    )
+    loss64, vector, of_logits, of_hidden, of_weight = in_steps(loss, batch, 1.5, 0.8)
+    for inplace in (False, True):
+        actual = from_logits(loss, batch, 1.5, 0.8, inplace=inplace)
+        expected = (loss64, vector, of_logits, of_hidden, of_weight)
+        for mine, exact in zip(actual, expected, strict=True):
+            near(mine, exact)
+    for mine, exact in zip(
+        from_hidden(loss, batch, 1.5, 0.8), (loss64, vector, of_hidden, of_weight), strict=True
+    ):
+        near(mine, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
+def test_no_worse_than_eager_in_its_dtype(backend, name, dtype):
+    if backend.dtype == torch.float64:
+        pytest.skip("float64 has no 16-bit counterpart")
+    loss = LOSSES[name]
+    batch = HeadBatch(loss, sequences=8, dtype=dtype)
+    exact = in_steps(loss, batch)
+
+    hidden, weight = (x.clone().requires_grad_() for x in (batch.hidden, batch.weight))
+    log_p = (hidden @ weight.t()).float().log_softmax(-1)
+    logprobs = log_p.gather(-1, batch.ids[..., None]).squeeze(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    with rlkern.use_backend("eager"):
+        out = loss(logprobs, batch.advantages, entropy=entropy, **batch.given)
+    out.loss.backward()
+    theirs = (hidden.grad, weight.grad)
+
+    def distance(value, truth):
+        return ((value.double() - truth).norm() / truth.norm()).item()
+
+    for actual in (from_logits(loss, batch)[3:], from_hidden(loss, batch)[2:]):
+        for mine, other, truth in zip(actual, theirs, exact[3:], strict=True):
+            # Half the type's rounding on top: chunks of the weight's gradient are rounded apart.
+            allowed = distance(other, truth) + torch.finfo(dtype).eps / 2
+            assert distance(mine, truth) <= allowed
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 50257, 151936])
+def test_vocabularies(backend, vocab):
+    loss = LOSSES["grpo"]
+    batch = HeadBatch(loss, sequences=2, length=4, vocab=vocab, dtype=single(backend.dtype))
+    batch.given["mask"][1] = True
+    exact = in_steps(loss, batch)
+    for mine, truth in zip(from_logits(loss, batch), exact, strict=True):
+        near(mine, truth, 1e-4)  # sums over V of fp32 products, in torch's order
+    for mine, truth in zip(from_hidden(loss, batch), (*exact[:2], *exact[3:]), strict=True):
+        near(mine, truth, 1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 0), (0, 3), (3, 1)], ids=str)
+def test_one_token_and_none(backend, shape):
+    loss = PolicyLoss.preset("dapo", kl_coef=0.1)
+    hidden = torch.randn(*shape, 5, requires_grad=True, dtype=backend.dtype)
+    weight = torch.randn(7, 5, requires_grad=True, dtype=backend.dtype)
+    ids, advantages = torch.randint(7, shape), torch.randn(shape[0])
+    old = -torch.rand(shape)
+    given = {"old_logprobs": old, "ref_logprobs": old - 0.1}
+    losses, grads = [], []
+    for how in ("steps", "logits", "hidden"):
+        if how == "hidden":
+            out = loss.from_hidden(hidden, weight, ids, advantages, **given)
+        elif how == "logits":
+            out = loss.from_logits(hidden @ weight.t(), ids, advantages, **given)
+        else:
+            logprobs = rlkern.token_logprobs(hidden @ weight.t(), ids)
+            out = loss(logprobs, advantages, **given)
+        losses.append(out.loss.detach())
+        grads.append(torch.autograd.grad(out.loss, (hidden, weight)))
+    for other, (of_hidden, of_weight) in zip(losses, grads, strict=True):
+        torch.testing.assert_close(other, losses[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(of_hidden, grads[0][0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(of_weight, grads[0][1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
+def test_what_masked_positions_hold_changes_nothing(backend, name):
+    loss = LOSSES[name]
+    batch = HeadBatch(loss, dtype=single(backend.dtype))
+    clean = from_hidden(loss, batch), from_logits(loss, batch, inplace=True)
+    mask = batch.given["mask"]
+    for key in ("old_logprobs", "ref_logprobs", "token_weights"):
+        batch.given[key] = batch.given[key].where(mask, NAN)
+    batch.ids = batch.ids.where(mask, -100)
+    garbage = torch.full_like(batch.hidden, NAN)
+    batch.hidden = batch.hidden.where(mask[..., None], garbage)
+    dirty = from_hidden(loss, batch), None
+    for a, b in zip(clean[0], dirty[0], strict=True):
+        assert torch.equal(a, b)
+    batch.hidden = batch.hidden.where(mask[..., None], 0.0)
+    again = from_logits(loss, batch, inplace=True)
+    for a, b in zip(clean[1][:3], again[:3], strict=True):
+        assert torch.equal(a, b)
+    assert (again[2][~mask] == 0).all()
+
+
+def test_one_masked_column_saves_the_slice(backend):
+    """Next-token logits [B, T + 1, V] whole, instead of logits[:, :-1]."""
+    loss = LOSSES["grpo"]
+    batch = HeadBatch(loss, dtype=single(backend.dtype))
+    exact = in_steps(loss, batch)
+    batch.hidden = torch.cat([batch.hidden, torch.randn_like(batch.hidden[:, :1])], 1)
+    batch.ids = torch.nn.functional.pad(batch.ids, (0, 1), value=-100)
+    for key, value in batch.given.items():
+        batch.given[key] = torch.nn.functional.pad(value, (0, 1))
+    actual = from_logits(loss, batch, inplace=True)
+    near(actual[0], exact[0])
+    near(actual[2][:, :-1], exact[2])
+    assert (actual[2][:, -1] == 0).all()
+
+
+# ---- in place -----------------------------------------------------------------------------------
+
+
+def leaf_and_logits(batch):
+    hidden = batch.hidden.clone().requires_grad_()
+    return hidden, hidden @ batch.weight.t()
+
+
+def test_in_place_takes_the_logits_memory(backend):
+    if not backend.is_kernel:
+        pytest.skip("eager PyTorch takes the gradient in the backward")
+    loss = LOSSES["dapo, corrected"]
+    batch = HeadBatch(loss)
+    hidden, logits = leaf_and_logits(batch)
+    address, version = logits.data_ptr(), logits._version
+    seen = []
+    logits.register_hook(lambda g: seen.append(g.data_ptr()))
+    out = loss.from_logits(logits, batch.ids, batch.advantages, inplace=True, **batch.given)
+    assert logits._version > version
+    out.loss.backward(retain_graph=True)
+    assert seen == [address]
+    with pytest.raises(RuntimeError, match="expected one backward, got a second one"):
+        out.loss.backward()
+
+
+def test_in_place_is_told_to_other_uses(backend):
+    if not backend.is_kernel:
+        pytest.skip("eager PyTorch takes the gradient in the backward")
+    loss = LOSSES["dapo, corrected"]
+    batch = HeadBatch(loss)
+    hidden, logits = leaf_and_logits(batch)
+    other = (logits**2).sum()
+    out = loss.from_logits(logits, batch.ids, batch.advantages, inplace=True, **batch.given)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (out.loss + other).backward()
+
+
+def test_in_place_refuses_what_it_would_destroy():
+    loss = LOSSES["dapo, corrected"]
+    batch = HeadBatch(loss)
+    logits = (batch.hidden @ batch.weight.t()).requires_grad_()
+
+    def call(z):
+        return loss.from_logits(z, batch.ids, batch.advantages, inplace=True, **batch.given)
+
+    with pytest.raises(ValueError, match="inplace=True: .* got a leaf tensor"):
+        call(logits)
+    with pytest.raises(ValueError, match="inplace=True: .* got a view of a leaf"):
+        call(logits.view(logits.shape))
+    with pytest.raises(ValueError, match="inplace=True: .* got an expanded"):
+        call((logits[:1] * 1).expand(logits.shape))
+    with torch.no_grad():  # without a gradient nothing is written
+        before = logits.clone()
+        call(logits)
+        assert torch.equal(before, logits)
+
+
+# ---- what trainers do around it ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["grpo", "off policy"])
+def test_accumulation_over_micro_batches(backend, name):
+    loss = LOSSES[name].replace(aggregation="token_mean")
+    batch = HeadBatch(loss, dtype=single(backend.dtype))
+    exact = in_steps(loss, batch)
+    weight = batch.weight.clone().requires_grad_()
+    hidden = batch.hidden.clone().requires_grad_()
+    tokens = batch.given["mask"].sum()
+    total = 0
+    for rows in (slice(0, 1), slice(1, 4)):
+        given = {key: value[rows] for key, value in batch.given.items()}
+        normalizers = {"normalizer": tokens}
+        if loss.entropy_coef:
+            normalizers["entropy_normalizer"] = tokens
+        out = loss.from_hidden(
+            hidden[rows], weight, batch.ids[rows], batch.advantages[rows], **given, **normalizers
+        )
+        out.loss.backward()
+        total = total + out.loss.detach()
+    near(total, exact[0])
+    near(hidden.grad, exact[3])
+    near(weight.grad, exact[4])
+
+
+def test_activation_checkpointing_and_tied_embeddings(backend):
+    loss = LOSSES["grpo"]
+    batch = HeadBatch(loss, dtype=single(backend.dtype))
+    tokens = torch.randint(101, batch.ids.shape)
+
+    def step(weight):
+        return loss.from_hidden(
+            torch.tanh(weight[tokens]), weight, batch.ids, batch.advantages, **batch.given
+        ).loss
+
+    grads = []
+    for function in (step, lambda w: checkpoint(step, w, use_reentrant=False)):
+        weight = batch.weight.clone().requires_grad_()
+        function(weight).backward()
+        grads.append(weight.grad)
+    assert torch.equal(*grads)
+    batch.hidden = torch.tanh(batch.weight[tokens])
+    weight = batch.weight.double().requires_grad_()
+    log_p = (torch.tanh(weight[tokens]) @ weight.t()).log_softmax(-1)
+    logprobs = log_p.gather(-1, batch.ids[..., None]).squeeze(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    given = {k: v.double() if v.is_floating_point() else v for k, v in batch.given.items()}
+    with rlkern.use_backend("eager"):
+        loss(logprobs, batch.advantages.double(), entropy=entropy, **given).loss.backward()
+    near(grads[0], weight.grad)
+
+
+def test_autocast(backend):
+    if backend.dtype == torch.float64:
+        pytest.skip("autocast leaves float64 alone")
+    loss = LOSSES["grpo"]
+    batch = HeadBatch(loss)
+    hidden, weight = (x.clone().requires_grad_() for x in (batch.hidden, batch.weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = loss.from_hidden(hidden, weight, batch.ids, batch.advantages, **batch.given)
+    out.loss.backward()
+    batch.hidden, batch.weight = batch.hidden.bfloat16(), batch.weight.bfloat16()
+    expected = from_hidden(loss, batch, memory_budget=1 << 20)
+    assert torch.equal(out.loss, expected[0]) and hidden.grad.dtype == torch.float32
+    torch.testing.assert_close(weight.grad, expected[3].float())
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
+@pytest.mark.parametrize("entry", ["logits", "logits in place", "hidden"])
+def test_compiles(backend, name, entry):
+    loss = LOSSES[name]
+    batch = HeadBatch(loss, dtype=single(backend.dtype))
+
+    def step(hidden, weight):
+        if entry == "hidden":
+            return loss.from_hidden(hidden, weight, batch.ids, batch.advantages, **batch.given).loss
+        return loss.from_logits(
+            hidden @ weight.t(), batch.ids, batch.advantages, inplace=entry == "logits in place",
+            **batch.given,
+        ).loss  # fmt: skip
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = [x.clone().requires_grad_() for x in (batch.hidden, batch.weight)]
+        value = function(*leaves)
+        value.backward()
+        results.append([value.detach(), *(leaf.grad for leaf in leaves)])
+    for plain, traced in zip(*results, strict=True):
+        torch.testing.assert_close(plain, traced, rtol=1e-6, atol=1e-7)
+
+
+def test_batch_invariant(backend):
+    loss = PolicyLoss.preset("dapo", aggregation="token_sum")
+    batch = HeadBatch(loss, sequences=9, length=40, dtype=single(backend.dtype))
+    options = {"batch_invariant": True, "memory_budget": 128 * 101 * 4}
+
+    def of_hidden(rows):
+        part = HeadBatch.__new__(HeadBatch)
+        part.hidden, part.weight = batch.hidden[rows], batch.weight
+        part.ids, part.advantages = batch.ids[rows], batch.advantages[rows]
+        part.given = {key: value[rows] for key, value in batch.given.items()}
+        return from_hidden(loss, part, **options)[2]
+
+    whole = of_hidden(slice(None))
+    for rows in (slice(0, 1), slice(2, 5), slice(8, 9)):
+        assert torch.equal(of_hidden(rows), whole[rows])
+
+
+# ---- products ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The rows of every product that is taken: of logits, hidden gradient, weight gradient."""
+    taken = []
+    for owner, name in ((torch, "mm"), (torch, "addmm"), (torch.Tensor, "addmm_")):
+        real = getattr(owner, name)
+
+        def count(*args, real=real, name=name, **kwargs):
+            left = args[-2]
+            taken.append(left.shape[1] if name == "addmm_" else left.shape[0])
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, count)
+    return taken
+
+
+def test_only_the_products_that_are_needed(backend, products):
+    if not backend.is_kernel:
+        pytest.skip("eager PyTorch makes the logits once more in the backward")
+    loss = LOSSES["dapo, corrected"]
+    batch = HeadBatch(loss)
+
+    def taken(hidden_grad, weight_grad, loss=loss):
+        products.clear()
+        out = loss.from_hidden(
+            batch.hidden.clone().requires_grad_(hidden_grad),
+            batch.weight.clone().requires_grad_(weight_grad),
+            batch.ids,
+            batch.advantages,
+            **batch.given,
+        )
+        if out.loss.requires_grad:
+            out.loss.backward()
+        return len(products)
+
+    assert taken(True, True) == 3
+    assert taken(True, False) == 2  # a frozen head: nothing recomputed
+    assert taken(False, True) == 2
+    assert taken(False, False) == 1
+    with torch.no_grad():
+        assert taken(True, True) == 1
+    coupled = LOSSES["rloo"]
+    batch = HeadBatch(coupled)
+    assert taken(True, True, coupled) == 4
+
+
+@pytest.mark.parametrize("metrics", [True, False])
+def test_tokens_that_cannot_matter_are_left_out(backend, products, metrics):
+    if not backend.is_kernel:
+        pytest.skip("eager PyTorch multiplies every row")
+    loss = PolicyLoss.preset("dapo")
+    batch = HeadBatch(loss, sequences=8, length=50)
+    batch.advantages[::2] = 0
+    counting = batch.given["mask"]
+    active = int(counting[1::2].sum())
+    silent = int(counting.sum()) - active
+    exact = in_steps(loss, batch)
+    products.clear()
+    value, vector, *grads = from_hidden(loss, batch, metrics=metrics, memory_budget=1 << 24)
+    assert sum(products) == 3 * active + (silent if metrics else 0)
+    near(value, exact[0])
+    if metrics:
+        near(vector, exact[1])
+    for mine, truth in zip(grads, exact[3:], strict=True):
+        near(mine, truth)
+    products.clear()
+    from_hidden(loss, batch, compact=False, memory_budget=1 << 24)
+    assert sum(products) == 3 * int(counting.sum())
+    # A KL asks for every token.
+    loss = PolicyLoss.preset("dapo", kl_coef=0.1)
+    batch.given["ref_logprobs"] = batch.given["old_logprobs"] - 0.1
+    products.clear()
+    from_hidden(loss, batch, metrics=metrics, memory_budget=1 << 24)
+    assert sum(products) == 3 * int(counting.sum())
+
+
+# ---- the operators -------------------------------------------------------------------------------
+
+
+def test_opcheck(backend, monkeypatch):
+    if not backend.is_kernel:
+        pytest.skip("eager PyTorch has no operator of its own for these")
+    loss = LOSSES["grpo"]
+    batch = HeadBatch(loss)
+    calls = []
+    for name in ("policy_loss_logits", "policy_loss_hidden"):
+        packet = getattr(torch.ops.rlkern, name)
+        monkeypatch.setattr(
+            torch.ops.rlkern, name, lambda *args, packet=packet: calls.append((packet, args)) or
+            packet(*args),
+        )  # fmt: skip
+    from_logits(loss, batch)
+    from_hidden(loss, batch)
+    monkeypatch.undo()
+    assert len(calls) == 2
+    for packet, args in calls:
+        args = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+                for x in args]  # fmt: skip
+        torch.library.opcheck(packet, args)
+
+
+def test_repeats_bit_for_bit(backend):
+    loss = LOSSES["grpo"]
+    batch = HeadBatch(loss, dtype=single(backend.dtype))
+    for function in (from_logits, from_hidden):
+        for a, b in zip(function(loss, batch), function(loss, batch), strict=True):
+            assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+@pytest.mark.parametrize("entry", ["from_logits", "from_hidden"])
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
+def test_second_derivatives_are_refused(entry, name):
+    loss = LOSSES[name]
+    batch = HeadBatch(loss)
+    hidden = batch.hidden.clone().requires_grad_()
+    first = (hidden, batch.weight) if entry == "from_hidden" else (hidden @ batch.weight.t(),)
+    out = getattr(loss, entry)(*first, batch.ids, batch.advantages, **batch.given)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        (grad,) = torch.autograd.grad(out.loss, hidden, create_graph=True)
+        grad.sum().backward()
+
+
+REFUSED = [
+    ({"logits": torch.zeros(2, 5)}, ValueError, r"logits: expected \[B, T, X\], or \[total, X\]"),
+    ({"logits": torch.zeros(2, 3, 5).long()}, TypeError, "logits: expected float32"),
+    ({"token_ids": torch.zeros(2, 3)}, TypeError, "token_ids: expected int64 or int32"),
+    ({"token_ids": torch.full((2, 3), 5)}, ValueError, r"token_ids: expected values in \[0, 5\)"),
+    ({"advantages": torch.zeros(3)}, ValueError, r"advantages: expected shape \[2\] or \[2, 3\]"),
+    ({"mask": torch.zeros(2, 3)}, TypeError, "mask: expected bool"),
+    ({"temperature": -1}, ValueError, "temperature: expected a positive"),
+    ({"softcap": 0}, ValueError, "softcap: expected a positive"),
+    ({"inplace": 1}, TypeError, "inplace: expected a bool, got 1"),
+    ({"entropy": None}, TypeError, "entropy: expected a bool, got None"),
+    ({"old_logprob": None}, ValueError, "argument: expected one of .* did you mean 'old_logprobs'"),
+    ({"old_logprobs": torch.zeros(2)}, ValueError, r"old_logprobs: expected shape \[2, 3\]"),
+    ({"rollout_logprobs": torch.zeros(2, 3)}, ValueError, "rollout_logprobs: expected None"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"), REFUSED, ids=[message[:40] for *_, message in REFUSED]
+)
+def test_refuses(change, error, message):
+    given = {
+        "logits": torch.zeros(2, 3, 5),
+        "token_ids": torch.zeros(2, 3, dtype=torch.long),
+        "advantages": torch.zeros(2),
+    } | change
+    with pytest.raises(error, match=message):
+        PolicyLoss.preset("dapo").from_logits(**given)
+    if "logits" in change or "inplace" in change or "token_ids" in change:
+        return
+    hidden = {"hidden": given.pop("logits"), "weight": torch.zeros(7, 5)}
+    with pytest.raises(error, match=message.replace("logits", "hidden")):
+        PolicyLoss.preset("dapo").from_hidden(**hidden, **given)
+
+
+def test_from_hidden_refuses_its_own():
+    hidden, ids = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)
+    for change, message in (
+        ({"metrics": 1}, "metrics: expected a bool"),
+        ({"compact": 0}, "compact: expected a bool"),
+        ({"batch_invariant": "no"}, "batch_invariant: expected a bool"),
+        ({"memory_budget": True}, "memory_budget: expected an int"),
+        ({"weight": torch.zeros(7, 4)}, r"weight: expected shape \[V, 5\]"),
+    ):
+        given = {"weight": torch.zeros(7, 5)} | change
+        with pytest.raises((TypeError, ValueError), match=message):
+            PolicyLoss.preset("dapo").from_hidden(
+                hidden, given.pop("weight"), ids, torch.zeros(2), **given
+            )
