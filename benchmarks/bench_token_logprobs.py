@@ -76,7 +76,7 @@ def with_backward(build):
     return build_task
 
 
-class _Produce(torch.autograd.Function):
+class Produce(torch.autograd.Function):
     """Hands out a buffer as logits that a model would have produced, without a copy.
 
     In-place backward writes over logits that are not a leaf. The fresh tensor over the buffer's
@@ -145,7 +145,7 @@ class TokenLogprobs(Case):
         self.bulk.copy_(self.pristine)
         if task == FORWARD:
             return self.bulk, self.token_ids
-        return _Produce.apply(self.weight, self.bulk), self.token_ids, self.upstream
+        return Produce.apply(self.weight, self.bulk), self.token_ids, self.upstream
 
     @torch.no_grad()
     def errors(self, task: str, outputs: Any) -> dict[str, float]:
