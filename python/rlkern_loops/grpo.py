@@ -27,7 +27,7 @@ from transformers import HfArgumentParser
 from rlkern import Metrics, PolicyLoss, group_advantages
 from rlkern_loops.log import RunLog, plot_curves
 from rlkern_loops.model import char_tokenizer, tiny_gpt2
-from rlkern_loops.rollout import Completions, completion_logprobs, sample
+from rlkern_loops.rollout import Completions, completion_hidden, completion_logprobs, sample
 from rlkern_loops.tasks import Addition, Problem
 from rlkern_loops.warmstart import warm_start
 
@@ -172,14 +172,15 @@ def update(
     model, reference, optimizer, batch: Completions, advantages: torch.Tensor, config: GRPOConfig
 ) -> tuple[Metrics, float]:
     """One optimizer step on a mini-batch: the metrics of its loss, and the norm of its gradient."""
-    logprobs, entropy = completion_logprobs(model, batch, temperature=config.temperature)
     ref_logprobs = None
     if reference is not None:
         with torch.no_grad():
-            ref_logprobs, _ = completion_logprobs(reference, batch, temperature=config.temperature)
-    loss, metrics = objective(config)(
-        logprobs, advantages, old_logprobs=batch.logprobs, ref_logprobs=ref_logprobs,
-        entropy=entropy, mask=batch.mask,
+            ref_logprobs = completion_logprobs(reference, batch, temperature=config.temperature)
+    head = model.get_output_embeddings()
+    loss, metrics = objective(config).from_hidden(
+        completion_hidden(model, batch), head.weight, batch.ids, advantages, bias=head.bias,
+        temperature=config.temperature, entropy=True, old_logprobs=batch.logprobs,
+        ref_logprobs=ref_logprobs, mask=batch.mask,
     )  # fmt: skip
     if not torch.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss.item()}: the last step's weights are kept")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 import rlkern
 
@@ -115,26 +114,29 @@ def sample(
     )
 
 
-def completion_logprobs(
-    model, completions: Completions, *, temperature: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability and entropy of every completion token, both [B, T] fp32, 0 where masked."""
+def completion_hidden(model, completions: Completions) -> torch.Tensor:
+    """The hidden states [B, T, D] whose logits predict the completion tokens."""
     ids = torch.cat([completions.prompt_ids, completions.ids], 1)
     attention_mask = torch.cat([completions.prompt_mask, completions.mask.long()], 1)
-    logits = model(
+    hidden = model.base_model(
         ids,
         attention_mask=attention_mask,
         position_ids=positions(attention_mask),
         use_cache=False,
-        logits_to_keep=completions.ids.shape[1] + 1,
-    ).logits  # [B, T + 1, V]
-    # The last column predicts what comes after the completion. Masking it costs nothing, whereas
-    # the gradient of a slice of the logits would be copied into a zeroed tensor of their size.
-    out = rlkern.token_logprobs(
-        logits,
-        F.pad(completions.ids, (0, 1)),
-        mask=F.pad(completions.mask, (0, 1)),
+    ).last_hidden_state
+    return hidden[:, completions.prompt_ids.shape[1] - 1 : -1]
+
+
+def completion_logprobs(
+    model, completions: Completions, *, temperature: float = 1.0
+) -> torch.Tensor:
+    """Log-probability of every completion token, [B, T] fp32, 0 where masked."""
+    head = model.get_output_embeddings()
+    return rlkern.linear_token_logprobs(
+        completion_hidden(model, completions),
+        head.weight,
+        completions.ids,
+        bias=head.bias,
+        mask=completions.mask,
         temperature=temperature,
-        return_entropy=True,
     )
-    return out.logprobs[:, :-1], out.entropy[:, :-1]

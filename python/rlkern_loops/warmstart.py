@@ -56,7 +56,7 @@ def warm_start(
             group["lr"] = options.warm_start_learning_rate * min(1, step / 20)
         batch = rng.choices(problems, k=options.warm_start_batch_size)
         shown = demonstrations(tokenizer, batch, device)
-        logprobs, _ = completion_logprobs(model, shown)
+        logprobs = completion_logprobs(model, shown)
         loss = -logprobs.sum() / shown.mask.sum()
         optimizer.zero_grad()
         loss.backward()

@@ -79,7 +79,7 @@ def test_sampling_reports_the_log_probabilities_it_drew_with(task, tokenizer, mo
     )  # fmt: skip
     assert written.ids.shape[0] == 16
     with torch.no_grad():
-        logprobs, _ = completion_logprobs(model, written, temperature=0.8)
+        logprobs = completion_logprobs(model, written, temperature=0.8)
     torch.testing.assert_close(logprobs, written.logprobs, rtol=1e-4, atol=1e-4)
     assert (written.logprobs[written.mask] < 0).all()
     # Alone, without padding, the same.
