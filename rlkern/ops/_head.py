@@ -100,28 +100,44 @@ def products(hidden: Tensor, chunk: Chunk, rows: int, invariant: bool) -> Tensor
 
 
 class GradientSum:
-    """A gradient that several chunks give parts of, added in fp32 (fp64 for fp64)."""
+    """A gradient that several chunks give parts of, added in fp32 (fp64 for fp64).
+
+    The first part stays as the product gave it: a single chunk needs no sum.
+    """
 
     def __init__(self, like: Tensor) -> None:
-        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-        self.dtype = like.dtype
-        self.sum = torch.zeros(like.shape, dtype=wide, device=like.device)
+        self.like = like
+        self.wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        self.first: Tensor | None = None
+        self.sum: Tensor | None = None
+
+    def _begun(self) -> Tensor | None:
+        """The sum, with the first part in it; none before that."""
+        if self.sum is None and self.first is not None:
+            self.sum, self.first = self.first.to(self.wide), None
+        return self.sum
 
     def add_product(self, grads: Tensor, hidden: Tensor) -> None:
         """Of the weight: grads^T hidden."""
-        if self.sum.dtype == grads.dtype:
-            self.sum.addmm_(grads.t(), hidden)
+        total = self._begun()
+        if total is None:
+            self.first = torch.mm(grads.t(), hidden)
+            return
+        if total.dtype == grads.dtype:
+            total.addmm_(grads.t(), hidden)
             return
         # By parts of the vocabulary: the product is rounded before it is added, and is not whole
         # in memory beside the sum.
         part = max(_PART_BYTES // (hidden.shape[1] * hidden.element_size()), 1)
-        for begin in range(0, self.sum.shape[0], part):
+        for begin in range(0, total.shape[0], part):
             columns = slice(begin, begin + part)
-            self.sum[columns] += torch.mm(grads[:, columns].t(), hidden)
+            total[columns] += torch.mm(grads[:, columns].t(), hidden)
 
     def add(self, grads: Tensor) -> None:
         """Of the bias."""
-        self.sum += grads.sum(0, dtype=self.sum.dtype)
+        part = grads.sum(0, dtype=self.wide)
+        self.sum = part if self.sum is None else self.sum.add_(part)
 
     def result(self) -> Tensor:
-        return self.sum.to(self.dtype)
+        found = self.first if self.sum is None else self.sum
+        return torch.zeros_like(self.like) if found is None else found.to(self.like.dtype)
