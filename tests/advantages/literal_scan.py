@@ -41,7 +41,8 @@ def walk(row, bootstrap, gamma, lam, mask_mode, bars):
         discount = 0.0 if done else gamma
         rho = c = rho_pg = 1.0
         if log_ratio is not None:
-            rho, c, rho_pg = (min(bar, math.exp(log_ratio)) for bar in bars)
+            ratio = math.exp(log_ratio) if log_ratio < 709 else math.inf
+            rho, c, rho_pg = (min(bar, ratio) for bar in bars)
         delta = reward + discount * next_value - value
         scale = abs(reward) + discount * abs(next_value) + abs(value)
         advantage = rho_pg * (reward + discount * (next_value + lam * x) - value)
