@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/policy_loss.h"
+#include "cpu/return_scan.h"
 #include "cpu/token_logprobs.h"
 #include "cpu/value_loss.h"
 
@@ -13,6 +14,8 @@ STABLE_TORCH_LIBRARY_IMPL(rlkern, CPU, m) {
   m.impl("value_loss_bwd", TORCH_BOX(&rlkern::value_loss_bwd_cpu));
   m.impl("policy_loss", TORCH_BOX(&rlkern::policy_loss_cpu));
   m.impl("policy_loss_bwd", TORCH_BOX(&rlkern::policy_loss_bwd_cpu));
+  m.impl("return_scan", TORCH_BOX(&rlkern::return_scan_cpu));
+  m.impl("return_scan_bwd", TORCH_BOX(&rlkern::return_scan_bwd_cpu));
   m.impl("token_logprobs", TORCH_BOX(&rlkern::token_logprobs_cpu));
   m.impl("token_logprobs_bwd", TORCH_BOX(&rlkern::token_logprobs_bwd_cpu));
   m.impl("token_logprobs_bwd_", TORCH_BOX(&rlkern::token_logprobs_bwd_inplace_cpu));

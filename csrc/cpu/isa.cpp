@@ -66,6 +66,8 @@ const RowKernels& row_kernels() { RLKERN_PICK(rlkern_row_kernels) }
 
 const TokenKernels& token_kernels() { RLKERN_PICK(rlkern_token_kernels) }
 
+const ReturnKernels& return_kernels() { RLKERN_PICK(rlkern_return_kernels) }
+
 const ValueKernels& value_kernels() { RLKERN_PICK(rlkern_value_kernels) }
 
 }  // namespace rlkern

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/policy_kernels.h"
+#include "kernels/return_kernels.h"
 #include "kernels/row_kernels.h"
 #include "kernels/value_kernels.h"
 
@@ -10,6 +11,7 @@ namespace rlkern {
 // Throws where RLKERN_CPU_ISA names an instruction set that is unknown or that the machine lacks.
 const RowKernels& row_kernels();
 const TokenKernels& token_kernels();
+const ReturnKernels& return_kernels();
 const ValueKernels& value_kernels();
 
 }  // namespace rlkern

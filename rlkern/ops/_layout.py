@@ -31,7 +31,6 @@ class Layout:
         self.shape = tensor.shape
         self.device = tensor.device
         self.dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        self.values = self._ready(tensor)
         self.offsets = None if cu_seqlens is None else self._checked_offsets(cu_seqlens)
         if self.offsets is None:
             if tensor.dim() != 2:
@@ -41,6 +40,7 @@ class Layout:
             self.sequences = tensor.shape[0]
         else:
             self.sequences = self.offsets.shape[0] - 1
+        self.values = self._ready(tensor)
 
     def _ready(self, tensor: Tensor) -> Tensor:
         """In the dtype of the computation, consecutive in memory along a sequence."""
