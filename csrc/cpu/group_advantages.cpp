@@ -3,6 +3,7 @@
 
 #include "group_advantages.h"
 
+#include <algorithm>
 #include <limits>
 #include <memory>
 
@@ -29,8 +30,15 @@ struct Best {
   double first = -std::numeric_limits<double>::infinity();
   double second = -std::numeric_limits<double>::infinity();
   int64_t row = -1;
+  bool single = true;
 
+  // What the advantage of a reward is taken of: the best one's lead, and nothing of the others.
+  double subject(double x, int64_t at) const {
+    if (single) return x;
+    return at == row ? first - second : 0;
+  }
   void add(double x, int64_t at) {
+    single = row < 0;
     if (row < 0 || x > first) {
       second = first;
       first = x;
@@ -71,35 +79,61 @@ GroupSummary batch_summary(const GroupOptions& o, const Column<T>& x, int64_t ro
   return group_summary(o, all);
 }
 
+// Each group's form, from the sums of the batch's parts joined in order, and its best rewards where
+// the baseline asks for them.
+struct ScatteredGroups {
+  std::unique_ptr<GroupForm[]> forms;
+  std::vector<Best> best;
+};
+
+ScatteredGroups scattered_groups(const GroupArguments& g, const GroupNumbers& numbers, int64_t k,
+                                 const GroupSummary& batch) {
+  const GroupOptions& o = g.options;
+  const Column<float> x = {g.rewards + k, g.columns};
+  const int64_t groups = numbers.count();
+  // Parts large enough that their own sums of all groups are the smaller work.
+  const int64_t parts = std::clamp<int64_t>(g.rows / std::max(2 * groups, 2 * kTokenGrain), 1, 16);
+  const std::unique_ptr<GroupSums[]> sums(new GroupSums[parts * groups]);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t p = first; p < last; ++p) {
+      GroupSums* part = sums.get() + p * groups;
+      std::fill_n(part, groups, GroupSums{});
+      for (int64_t i = g.rows * p / parts; i < g.rows * (p + 1) / parts; ++i) {
+        if (x[i] == x[i]) add(&part[numbers[i]], x[i], g.lengths != nullptr ? g.lengths[i] : 0.0);
+      }
+    }
+  });
+  ScatteredGroups result = {std::unique_ptr<GroupForm[]>(new GroupForm[groups]), {}};
+  torch::stable::parallel_for(0, groups, kTokenGrain / 8, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      GroupSums all = sums[n];
+      for (int64_t p = 1; p < parts; ++p) all = merged(all, sums[p * groups + n]);
+      result.forms[n] = group_form(o, group_summary(o, all), batch);
+    }
+  });
+  if (o.baseline == GroupBaseline::kPassAtK) {
+    result.best.resize(groups);
+    for (int64_t i = 0; i < g.rows; ++i) {
+      if (x[i] == x[i]) result.best[numbers[i]].add(x[i], i);
+    }
+  }
+  return result;
+}
+
 // Calls put(row, advantage) for every reward of column k, 0 where it is NaN; the rewards of a group
 // may lie anywhere.
 template <typename Put>
 void scattered(const GroupArguments& g, const GroupNumbers& numbers, int64_t k,
                const GroupSummary& batch, Put put) {
-  const GroupOptions& o = g.options;
   const Column<float> x = {g.rewards + k, g.columns};
-  const bool takes_best = o.baseline == GroupBaseline::kPassAtK;
-  std::vector<GroupSums> sums(numbers.count());
-  std::vector<Best> best(takes_best ? numbers.count() : 0);
-  for (int64_t i = 0; i < g.rows; ++i) {
-    if (x[i] != x[i]) continue;
-    add(&sums[numbers[i]], x[i], g.lengths != nullptr ? g.lengths[i] : 0.0);
-    if (takes_best) best[numbers[i]].add(x[i], i);
-  }
-  const std::unique_ptr<GroupForm[]> forms(new GroupForm[numbers.count()]);
-  torch::stable::parallel_for(0, numbers.count(), kTokenGrain / 8, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n)
-      forms[n] = group_form(o, group_summary(o, sums[n]), batch);
-  });
+  const ScatteredGroups groups = scattered_groups(g, numbers, k, batch);
   torch::stable::parallel_for(0, g.rows, kTokenGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = numbers[i];
       double subject = x[i];
       if (g.given != nullptr) subject -= g.given[g.at(i, k)];
-      if (takes_best && sums[n].size > 1) {
-        subject = best[n].row == i ? best[n].first - best[n].second : 0;
-      }
-      put(i, x[i] == x[i] ? forms[n].advantage(subject) : 0);
+      if (!groups.best.empty()) subject = groups.best[n].subject(subject, i);
+      put(i, x[i] == x[i] ? groups.forms[n].advantage(subject) : 0);
     }
   });
 }

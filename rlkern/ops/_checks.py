@@ -53,7 +53,8 @@ def require_logits(value: object, name: str = "logits") -> Tensor:
 
 def refuse_tangent(tensor: Tensor, name: str) -> None:
     """Forward-mode AD would drop the tangent and give a derivative of 0 in silence."""
-    if torch.compiler.is_compiling():
+    # Without an open level there are no tangents, which is soon said.
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return
     if forward_ad.unpack_dual(tensor).tangent is not None:
         raise RuntimeError(

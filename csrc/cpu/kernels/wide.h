@@ -31,10 +31,21 @@ RLKERN_INLINE vlong flags(const unsigned char* p) {
   return __builtin_convertvector(v, vlong) != 0;
 }
 
+// True in the first `count` lanes.
+RLKERN_INLINE vlong lanes_under(long long count) {
+  vlong lane;
+  for (int i = 0; i < kWide; ++i) lane[i] = i;
+  return lane < count;
+}
+
 RLKERN_INLINE double lane_sum(vdouble v) {
+#if RLKERN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return _mm512_reduce_add_pd((__m512d)v);
+#else
   double sum = 0;
   for (int i = 0; i < kWide; ++i) sum += v[i];
   return sum;
+#endif
 }
 
 }  // namespace
