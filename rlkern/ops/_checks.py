@@ -63,6 +63,20 @@ def refuse_tangent(tensor: Tensor, name: str) -> None:
         )
 
 
+def is_plain(value: object) -> bool:
+    """A dense tensor that nobody differentiates: require_tensor and without_gradient would pass it.
+
+    Each of them is soon called, but not with its code out of the cache, where a training step finds
+    it.
+    """
+    return (
+        type(value) is Tensor
+        and value.layout is torch.strided
+        and not value.requires_grad
+        and forward_ad._current_level < 0
+    )
+
+
 def without_gradient(tensor: Tensor, name: str) -> Tensor:
     """Refuses an input whose gradient nobody would compute."""
     refuse_tangent(tensor, name)

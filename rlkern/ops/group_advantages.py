@@ -96,7 +96,7 @@ def group_advantages(
     tensor = _checked_rewards(rewards)
     size, ids = _checked_groups(tensor, group_size, group_ids)
     several = tensor.dim() == 2
-    options = _options(baseline, scale, unbiased, eps, singleton, batch, several)
+    options, numbers = _options(baseline, scale, unbiased, eps, singleton, batch, several)
     if tensor.dtype not in (torch.float32, torch.float64):
         tensor = tensor.float()
     if lengths is not None or baseline == "length_weighted":
@@ -117,7 +117,7 @@ def group_advantages(
     if backend == "eager":
         advantages = reference.group_advantages(GroupBatch(*given), options)
     else:
-        advantages = _register.constant("group_advantages", backend, *given, options.numbers())
+        advantages = _register.constant("group_advantages", backend, *given, numbers)
     if not tokens:
         return advantages
     assert mask is not None
@@ -126,19 +126,20 @@ def group_advantages(
     return whiten(advantages[:, None].expand(mask.shape), counts, unbiased=unbiased)
 
 
-def _checked_rewards(value: object) -> Tensor:
-    tensor = _checks.require_tensor(value, "rewards")
+def _checked_rewards(value: Any) -> Tensor:
+    plain = _checks.is_plain(value)
+    tensor = value if plain else _checks.require_tensor(value, "rewards")
     if tensor.dtype not in _checks.LOGIT_DTYPES:
         raise TypeError(
             f"rewards: expected float32, bfloat16, float16 or float64, got {tensor.dtype}"
         )
     if tensor.dim() not in (1, 2) or (tensor.dim() == 2 and tensor.shape[1] == 0):
         raise ValueError(f"rewards: expected shape [N] or [N, K], got {list(tensor.shape)}")
-    return _checks.without_gradient(tensor, "rewards")
+    return tensor if plain else _checks.without_gradient(tensor, "rewards")
 
 
 def _checked_groups(
-    rewards: Tensor, group_size: object, group_ids: object
+    rewards: Tensor, group_size: object, group_ids: Any
 ) -> tuple[int, Tensor | None]:
     if (group_size is None) == (group_ids is None):
         raise ValueError(
@@ -155,7 +156,9 @@ def _checked_groups(
                 f"got {group_size}"
             )
         return group_size, None
-    ids = _checks.require_tensor(group_ids, "group_ids")
+    ids = (
+        group_ids if _checks.is_plain(group_ids) else _checks.require_tensor(group_ids, "group_ids")
+    )
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"group_ids: expected int32 or int64, got {ids.dtype}")
     if ids.shape != (count,):
@@ -174,7 +177,7 @@ def _checked_options(
     singleton: str,
     batch: str,
     several: bool,
-) -> GroupOptions:
+) -> tuple[GroupOptions, list[float]]:
     _checks.one_of(baseline, BASELINES, "baseline")
     _checks.one_of(scale, SCALES, "scale")
     _checks.one_of(singleton, SINGLETONS, "singleton")
@@ -192,16 +195,17 @@ def _checked_options(
         )
     if eps != _EPS and scale == "none" and (not several or tokens):
         raise ValueError(f"eps: expected its default with scale 'none', got {eps}")
-    return GroupOptions(baseline, scale, unbiased, eps, singleton, several, several and not tokens)
+    normalized = several and not tokens
+    options = GroupOptions(baseline, scale, unbiased, eps, singleton, several, normalized)
+    return options, options.numbers()
 
 
 # By type too: 1 is equal to True, and refused for it.
 _remembered_options = functools.lru_cache(maxsize=64, typed=True)(_checked_options)
 
 
-def _options(*named: Any) -> GroupOptions:
-    """The checked options, remembered: at training's sizes checking them again would cost more than
-    the kernel does."""
+def _options(*named: Any) -> tuple[GroupOptions, list[float]]:
+    """The checked options, remembered: looking at all of them again costs as much as a kernel."""
     if torch.compiler.is_compiling():
         return _checked_options(*named)
     try:
