@@ -110,22 +110,15 @@ def several(rows, groups, weights, unbiased=True, eps=1e-4, **options):
     return column(total, [0] * len(total), unbiased=unbiased, eps=eps)
 
 
-def whitened(
-    values, mask, shift_mean=True, scale=True, unbiased=True, eps=1e-8, eps_mode="add", joined=None
-):
-    """Of a flat list; `joined`: the values over which the moments are taken."""
-    counting = [x for x, m in zip(values, mask, strict=True) if m] if joined is None else joined
-    result = []
-    for x, m in zip(values, mask, strict=True):
-        if not m:
-            result.append(0.0)
-            continue
-        y = Fraction(x) - mean(counting)
-        if scale:
-            var = float(variance(counting, unbiased))
-            spread = var + eps if eps_mode == "add" else max(var, eps)
-            y = float(y) / math.sqrt(spread)
-            if not shift_mean:
-                y += float(mean(counting))
-        result.append(float(y))
-    return result
+def whitened(values, mask, shift_mean=True, scale=True, unbiased=True, eps=1e-8, eps_mode="add"):
+    """Of a flat list."""
+    counting = [x for x, m in zip(values, mask, strict=True) if m]
+    centre, factor, offset = mean(counting), 1.0, 0.0
+    if scale:
+        var = float(variance(counting, unbiased))
+        factor = 1 / math.sqrt(var + eps if eps_mode == "add" else max(var, eps))
+        offset = 0.0 if shift_mean else float(centre)
+    return [
+        float(Fraction(x) - centre) * factor + offset if m else 0.0
+        for x, m in zip(values, mask, strict=True)
+    ]
