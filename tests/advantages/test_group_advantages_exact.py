@@ -48,6 +48,21 @@ def test_equal_rewards_give_exactly_0(group_backend, baseline):
                 assert torch.equal(out, torch.zeros_like(out))
 
 
+def test_equal_rewards_give_exactly_0_in_many_parts(group_backend):
+    """Groups that reach over the whole batch, whose parts the kernels sum up on their own."""
+    rows = 2000 if group_backend.name == "triton" else 150_000
+    ids = torch.randint(40, (rows,))
+    rewards = ((torch.arange(40) + 1) * 0.1).to(group_backend.dtype)[ids]
+    out = rlkern.group_advantages(rewards, group_ids=ids, eps=0.0)
+    assert torch.equal(out, torch.zeros_like(out))
+    rewards = torch.full_like(rewards, 0.1)
+    for baseline in ("batch_mean", "leave_one_out"):
+        out = rlkern.group_advantages(
+            rewards, group_ids=ids, baseline=baseline, scale="batch_std", eps=0.0
+        )
+        assert torch.equal(out, torch.zeros_like(out))
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e6, -1e6, 2.0**23])
 def test_a_large_mean_costs_nothing(group_backend, offset):
     rewards = make([offset, offset + 1, offset + 1, offset], group_backend)

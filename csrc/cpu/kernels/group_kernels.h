@@ -7,7 +7,7 @@ namespace rlkern {
 
 // int64_t is `long` or `long long`, as the system has it; leaf files have no <cstdint> to say
 // which.
-inline __attribute__((always_inline)) const long long* id_words(const void* ids) {
+RLKERN_INLINE const long long* id_words(const void* ids) {
   return static_cast<const long long*>(ids);
 }
 
