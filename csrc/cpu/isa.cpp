@@ -70,6 +70,10 @@ const ReturnKernels& return_kernels() { RLKERN_PICK(rlkern_return_kernels) }
 
 const ValueKernels& value_kernels() { RLKERN_PICK(rlkern_value_kernels) }
 
+const GroupKernels& group_kernels() { RLKERN_PICK(rlkern_group_kernels) }
+
+const WhitenKernels& whiten_kernels() { RLKERN_PICK(rlkern_whiten_kernels) }
+
 }  // namespace rlkern
 
 #define RLKERN_EXPORT extern "C" __attribute__((visibility("default")))

@@ -7,12 +7,28 @@ from typing import Any
 
 import torch
 
-from rlkern._schema import LIBRARY, backends, operator_name
+from rlkern._schema import LIBRARY, SCHEMAS, backends, operator_name
 
 
 def overload(op: str, backend: str) -> Callable[..., Any]:
     """``torch.ops.rlkern.<op of that backend>``."""
     return getattr(torch.ops.rlkern, operator_name(op, backend)).default
+
+
+# Filled once, as in _backend.
+_overloads = {(op, backend): overload(op, backend) for op in SCHEMAS for backend in backends(op)}
+
+
+def constant(op: str, backend: str, *args: Any) -> Any:
+    """Calls an operator of which the inputs need no gradient, as the caller has checked.
+
+    Past the autograd layer, which is Python and takes longer than a small kernel.
+    """
+    function = _overloads[op, backend]
+    if torch.compiler.is_compiling():
+        return function(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return function(*args)
 
 
 def register_python(op: str, backend: str, function: Callable[..., Any]) -> None:
