@@ -1,4 +1,4 @@
-"""What turns rewards into advantages, against the loops that trainers carry, torch.compile and SciPy.
+"""What turns rewards into advantages, against the loops that trainers carry, compiled and SciPy's.
 
 The scans' shape is that of long completions; every token counts, so that no contestant has to spend
 time on a mask that another one has no word for.
