@@ -3,7 +3,7 @@
 
 #include "group_kernels.h"
 
-#include "wide.h"
+#include "simd_double.h"
 
 namespace rlkern {
 namespace {
@@ -17,13 +17,13 @@ IdSpan span(const long long* ids, long long count) {
   IdSpan s = {ids[0], ids[0], true};
   vlong least = vlong{} + ids[0], most = least, falls = {};
   long long i = 1;
-  for (; i + kWide <= count; i += kWide) {
+  for (; i + kDoubles <= count; i += kDoubles) {
     const vlong v = load(i);
     falls |= v < load(i - 1);
     least = v < least ? v : least;
     most = v > most ? v : most;
   }
-  for (int lane = 0; lane < kWide; ++lane) {
+  for (int lane = 0; lane < kDoubles; ++lane) {
     s.rises &= falls[lane] == 0;
     s.least = least[lane] < s.least ? least[lane] : s.least;
     s.most = most[lane] > s.most ? most[lane] : s.most;
@@ -37,7 +37,7 @@ IdSpan span(const long long* ids, long long count) {
 }
 
 // Two vectors side by side: with the widest ones most groups fit into one block.
-constexpr int kBlock = 2 * kWide;
+constexpr int kBlock = 2 * kDoubles;
 
 // The sums of a group, or with rise NaN where a reward is. `limit`: how many rewards may be read.
 GroupSums sums_of_numbers(const float* x, long long size, long long limit) {
@@ -45,8 +45,9 @@ GroupSums sums_of_numbers(const float* x, long long size, long long limit) {
   vdouble rise = {}, squared = {};
   long long i = 0;
   for (; i < size && i + kBlock <= limit; i += kBlock) {
-    for (int half = 0; half < kBlock; half += kWide) {
-      const vdouble r = lanes_under(size - i - half) ? widened(x + i + half) - shift : vdouble{};
+    for (int half = 0; half < kBlock; half += kDoubles) {
+      const vdouble r =
+          lanes_under(size - i - half) ? load_widened(x + i + half) - shift : vdouble{};
       rise += r;
       squared += r * r;
     }
@@ -79,10 +80,10 @@ void write(const GroupForm& form, const float* x, long long size, long long limi
   const vdouble zero = {};
   long long i = 0;
   for (; i < size && i + kBlock <= limit; i += kBlock) {
-    for (int half = 0; half < kBlock; half += kWide) {
-      const vdouble v = widened(x + i + half);
+    for (int half = 0; half < kBlock; half += kDoubles) {
+      const vdouble v = load_widened(x + i + half);
       const vdouble a = form.factor == 0 ? zero : (v - form.centre) * form.factor;
-      narrowed(out + i + half, v == v ? a : zero);
+      store_narrowed(out + i + half, v == v ? a : zero);
     }
   }
   for (; i < size; ++i) out[i] = x[i] == x[i] ? (float)form.advantage(x[i]) : 0;

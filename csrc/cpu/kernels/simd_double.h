@@ -35,6 +35,32 @@ RLKERN_INLINE void store_narrowed(float* p, vdouble x) {
 #endif
 }
 
+// As many bytes as a vector has doubles.
+typedef unsigned char vflag __attribute__((vector_size(RLKERN_VECTOR_BYTES / 8)));
+
+RLKERN_INLINE vlong flags(const unsigned char* p) {
+  vflag v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, vlong) != 0;
+}
+
+// True in the first `count` lanes.
+RLKERN_INLINE vlong lanes_under(long long count) {
+  vlong lane;
+  for (int i = 0; i < kDoubles; ++i) lane[i] = i;
+  return lane < count;
+}
+
+RLKERN_INLINE double lane_sum(vdouble v) {
+#if RLKERN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return _mm512_reduce_add_pd((__m512d)v);
+#else
+  double sum = 0;
+  for (int i = 0; i < kDoubles; ++i) sum += v[i];
+  return sum;
+#endif
+}
+
 // Lane i takes what lane i + kBy holds, the last ones take `fill`.
 template <int kBy>
 RLKERN_INLINE vdouble shifted(vdouble v, double fill) {

@@ -3,7 +3,7 @@
 
 #include "whiten_kernels.h"
 
-#include "wide.h"
+#include "simd_double.h"
 
 namespace rlkern {
 namespace {
@@ -22,10 +22,10 @@ template <bool kMasked, typename Term>
 RLKERN_INLINE double sum(const Tokens& t, Term term) {
   vdouble streams[kStreams] = {};
   long long i = 0;
-  for (; i + kStreams * kWide <= t.size; i += kStreams * kWide) {
+  for (; i + kStreams * kDoubles <= t.size; i += kStreams * kDoubles) {
     for (int s = 0; s < kStreams; ++s) {
-      const long long at = i + s * kWide;
-      const vdouble value = term(widened(t.x + at));
+      const long long at = i + s * kDoubles;
+      const vdouble value = term(load_widened(t.x + at));
       streams[s] += kMasked ? (flags(t.mask + at) ? value : vdouble{}) : value;
     }
   }
@@ -59,9 +59,9 @@ Moments moments(const float* x, const unsigned char* mask, long long size) {
 template <bool kMasked>
 RLKERN_INLINE void whiten_all(const Whitening& w, const Tokens& t, float* out) {
   long long i = 0;
-  for (; i + kWide <= t.size; i += kWide) {
-    const vdouble value = (widened(t.x + i) - w.mean) * w.factor + w.offset;
-    narrowed(out + i, kMasked ? (flags(t.mask + i) ? value : vdouble{}) : value);
+  for (; i + kDoubles <= t.size; i += kDoubles) {
+    const vdouble value = (load_widened(t.x + i) - w.mean) * w.factor + w.offset;
+    store_narrowed(out + i, kMasked ? (flags(t.mask + i) ? value : vdouble{}) : value);
   }
   for (; i < t.size; ++i) out[i] = !kMasked || t.mask[i] != 0 ? whitened(w, t.x[i]) : 0;
 }
