@@ -34,10 +34,6 @@ struct PolicySequence {
   float* grad_entropy;
 };
 
-RLKERN_INLINE const unsigned char* flag_bytes(const bool* flags) {
-  return reinterpret_cast<const unsigned char*>(flags);
-}
-
 RLKERN_INLINE PolicySequence policy_sequence(const PolicyRows& rows, int64_t i) {
   const SequenceSpan at = rows.grid.span(i);
   PolicySequence s;
