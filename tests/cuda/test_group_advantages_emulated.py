@@ -10,6 +10,7 @@ import itertools
 
 import pytest
 import torch
+from advantage_batches import U, group_batch, in_double
 from emulated_advantages import emulated_advantages
 from emulated_kernels import why_not
 
@@ -23,7 +24,6 @@ from rlkern.reference.group_advantages import (
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 NAN, INF = float("nan"), float("inf")
-U = 2.0**-24
 
 
 @pytest.fixture(scope="module")
@@ -38,45 +38,8 @@ def kernels(built):
     return built
 
 
-def group_batch(baseline, columns=1, group_size=0, sizes=(1, 4, 9, 2, 33, 70, 1), seed=0):
-    """Rewards with ties and NaN cells; where there is no group_size, groups of any sizes in any
-    order, one of them of NaN alone, under ids of any size and sign."""
-    g = torch.Generator().manual_seed(seed)
-    count = 12 * group_size if group_size else sum(sizes)
-    rewards = (2 * torch.randn(count, columns, generator=g)).round(decimals=1)
-    rewards[torch.rand(count, columns, generator=g) < 0.1] = NAN
-    ids = None
-    if not group_size:
-        names = torch.randint(-(2**62), 2**62, (len(sizes),), generator=g)
-        names[:2] = torch.tensor([0, -1])
-        ids = names.repeat_interleave(torch.tensor(sizes))[torch.randperm(count, generator=g)]
-        rewards[ids == names[3]] = NAN
-    else:
-        rewards[:group_size] = 0.1  # equal ones
-        rewards[group_size : 2 * group_size] = NAN
-    return GroupBatch(
-        rewards,
-        group_size,
-        ids,
-        torch.randint(0, 900, (count,), generator=g).float()
-        if baseline == "length_weighted"
-        else None,
-        torch.randn(count, columns, generator=g) if baseline == "given" else None,
-        torch.rand(columns, generator=g) if columns > 1 else None,
-    )
-
-
 def check(kernels, batch, options):
-    exact = group_advantages(
-        batch._replace(
-            **{
-                name: x.double()
-                for name, x in batch._asdict().items()
-                if isinstance(x, torch.Tensor) and x.is_floating_point()
-            }
-        ),
-        options,
-    )
+    exact = group_advantages(in_double(batch), options)
     found = kernels.group_advantages(*batch, options.numbers())
     torch.testing.assert_close(found.double(), exact, rtol=2 * U, atol=1e-11, equal_nan=True)
     return found

@@ -9,15 +9,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+from advantage_batches import (
+    KINDS,
+    LENGTHS,
+    close,
+    in_double,
+    numbers,
+    options_of,
+    scan_batch,
+    terms_of,
+    with_garbage,
+)
 from emulated_advantages import emulated_advantages
 from emulated_kernels import why_not
 
-from rlkern.reference.return_scan import ScanBatch, ScanOptions, return_scan
+from rlkern.reference.return_scan import ScanBatch, return_scan
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
-KINDS = ("gae", "returns", "vtrace")
-LENGTHS = (70, 0, 1, 310, 9, 2400)  # a tile of a warp has 288 tokens, the largest one 2304
-U = 2.0**-24
 
 
 @pytest.fixture(scope="module")
@@ -32,95 +40,13 @@ def kernels(built):
     return built
 
 
-def scan_batch(kind, lengths=LENGTHS, packed=False, seed=0, plain=False):
-    """With masked tokens at the ends of sequences, within them, and a sequence of them alone;
-    `plain` leaves out what may be left out."""
-    g = torch.Generator().manual_seed(seed)
-    shape = (sum(lengths),) if packed else (len(lengths), max(lengths, default=0))
-
-    def normal(*size):
-        return torch.randn(*size, generator=g)
-
-    rewards, values, log_ratios = normal(*shape), normal(*shape), 0.3 * normal(*shape)
-    batch = ScanBatch(
-        rewards,
-        None if kind == "returns" else values,
-        log_ratios if kind == "vtrace" else None,
-        offsets=torch.tensor((0, *lengths)).cumsum(0) if packed else None,
-    )
-    if plain:
-        return batch
-    mask = torch.rand(shape, generator=g) < 0.7
-    if packed:
-        ends = batch.offsets[1:]
-        for begin, end in zip(batch.offsets[:-1].tolist(), ends.tolist(), strict=True):
-            mask[max(begin, end - (end - begin) // 3) : end] = False
-    else:
-        mask &= torch.arange(shape[1]) < torch.tensor(lengths)[:, None]
-    return batch._replace(
-        mask=mask,
-        dones=torch.rand(shape, generator=g) < 0.02,
-        bootstrap_value=normal(len(lengths)),
-        lam=None if kind == "returns" else 0.9 + 0.1 * torch.rand(len(lengths), generator=g),
-    )
-
-
-def in_double(batch):
-    return batch._replace(
-        **{
-            name: x.double()
-            for name, x in batch._asdict().items()
-            if x is not None and x.dtype == torch.float32
-        }
-    )
-
-
-def with_garbage(batch, value):
-    """The batch with `value` wherever a token does not count."""
-    masked = ~batch.mask
-    changed = {
-        name: getattr(batch, name).masked_fill(masked, value)
-        for name in ("rewards", "values", "log_ratios")
-        if getattr(batch, name) is not None
-    }
-    return batch._replace(**changed, dones=batch.dones | masked)
-
-
-def options_of(kind, breaks=False):
-    bars = {"rho_bar": 1.1, "c_bar": 1.0, "rho_pg_bar": 1.2} if kind == "vtrace" else {}
-    return ScanOptions(0.99, 1.0 if kind == "returns" else 0.95, breaks, **bars)
-
-
-def numbers(options):
-    return [float(x) for x in options]
-
-
-def close(found, exact, terms):
-    """`terms`: the sum of the sizes of what is added up, and their number."""
-    total, count = terms
-    allowed = U * (1 + U) * exact.abs() + count * 2.0**-52 * total
-    error = (found.double() - exact).abs()
-    assert error.shape == exact.shape and (error <= allowed).all(), (error - allowed).max()
-
-
-def terms_of(batch):
-    # A ratio of vtrace is at most 1.2, and a value stands in two deltas and in the result.
-    parts = [1.2 * batch.rewards.abs().sum()]
-    parts += [3.6 * x.abs().sum() for x in (batch.values, batch.bootstrap_value) if x is not None]
-    return float(sum(parts)), batch.rewards.shape[-1]
-
-
 def check(kernels, batch, options):
     exact = return_scan(in_double(batch), options)
     if batch.mask is not None:
         batch = with_garbage(batch, float("nan"))
     found = kernels.return_scan(*batch, numbers(options))
-    clean = batch._replace(
-        rewards=batch.rewards.nan_to_num(0.0),
-        values=None if batch.values is None else batch.values.nan_to_num(0.0),
-    )
     for a, b in zip(found, exact, strict=True):
-        close(a, b, terms_of(clean))
+        close(a, b, terms_of(batch))
     return found
 
 
