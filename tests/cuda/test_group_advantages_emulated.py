@@ -110,7 +110,7 @@ def test_an_infinite_reward_stays_in_its_group(kernels, bad, baseline, ragged):
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["segments", "ids"])
-def test_the_first_of_several_best_gets_the_lead(kernels, ragged):
+def test_a_tie_for_the_best_leads_by_nothing(kernels, ragged):
     rewards = torch.tensor([1.0, 3.0, 3.0, NAN, 2.0, -1.0, -0.0, 0.0])[:, None]
     ids = torch.arange(2).repeat_interleave(4)
     batch = GroupBatch(rewards, 0, ids) if ragged else GroupBatch(rewards, 4)
