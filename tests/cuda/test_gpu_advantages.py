@@ -9,6 +9,7 @@ import pytest
 import torch
 from advantage_batches import (
     KINDS,
+    LENGTHS,
     U,
     close,
     group_batch,
@@ -91,7 +92,8 @@ def calls(seed=0):
 @pytest.mark.parametrize("breaks", [False, True], ids=["carry", "break"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_return_scan(kind, breaks, packed, plain):
-    batch, options = scan_batch(kind, packed=packed, plain=plain), options_of(kind, breaks)
+    lengths = (*LENGTHS, 2400)
+    batch, options = scan_batch(kind, lengths, packed, plain=plain), options_of(kind, breaks)
     exact = return_scan(in_double(batch), options)
     dirty = batch if plain else with_garbage(batch, float("nan"))
     found = OPS.return_scan(*on_gpu(dirty), numbers(options))

@@ -55,6 +55,7 @@ def check(kernels, batch, options):
 @pytest.mark.parametrize("breaks", [False, True], ids=["carry", "break"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_return_scan(kernels, kind, breaks, packed, plain):
+    kernels.scan_threads = 32  # three tiles
     check(kernels, scan_batch(kind, packed=packed, plain=plain), options_of(kind, breaks))
 
 
@@ -82,7 +83,9 @@ def test_a_long_sequence(kernels, kind):
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_bits_do_not_depend_on_blocks_grids_or_neighbours(kernels, packed):
     for kind in KINDS:
-        batch, options = scan_batch(kind, packed=packed, seed=1), numbers(options_of(kind, True))
+        # The longest has nine tiles of one warp, three of four warps, two of eight.
+        lengths = (*LENGTHS, 2400)
+        batch, options = scan_batch(kind, lengths, packed, seed=1), numbers(options_of(kind, True))
         first = kernels.return_scan(*batch, options)
         for threads, blocks in ((32, 1), (128, 2), (256, 4)):
             kernels.scan_threads, kernels.max_blocks = threads, blocks
@@ -145,6 +148,7 @@ def test_the_block_is_as_large_as_the_sequences_are_long(kernels):
 @pytest.mark.parametrize("kind", ["gae", "returns"])
 def test_backward(kernels, kind, breaks, packed, plain):
     """Against autograd through the loop."""
+    kernels.scan_threads = 32
     batch, options = scan_batch(kind, packed=packed, seed=2, plain=plain), options_of(kind, breaks)
     sequences = len(LENGTHS)
     if batch.bootstrap_value is None:
@@ -171,7 +175,7 @@ def test_backward(kernels, kind, breaks, packed, plain):
 
 
 def test_bits_of_the_backward_do_not_depend_on_blocks_or_grids(kernels):
-    batch, options = scan_batch("gae"), numbers(options_of("gae", True))
+    batch, options = scan_batch("gae", (*LENGTHS, 2400)), numbers(options_of("gae", True))
     args = (batch.rewards, batch.values, batch.mask, batch.dones, batch.lam, None, options)
     first = kernels.return_scan_bwd(*args)
     for threads, blocks in ((32, 1), (128, 2), (256, 4)):
