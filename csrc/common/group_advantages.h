@@ -90,7 +90,8 @@ RLKERN_INLINE GroupSummary group_summary(const GroupOptions& o, const GroupSums&
   g.mean_rise = s.rise / n;
   const double squares = s.rise_squared - s.rise * g.mean_rise;
   const double degrees = o.unbiased ? s.size - 1 : s.size;
-  g.deviation = square_root((squares > 0 ? squares : 0) / (degrees > 1 ? degrees : 1));
+  // Rounding may take it below 0; an infinite reward makes it NaN, which stays.
+  g.deviation = square_root((squares < 0 ? 0 : squares) / (degrees > 1 ? degrees : 1));
   g.weighted_rise = s.length > 0 ? s.length_rise / s.length : g.mean_rise;
   return g;
 }
