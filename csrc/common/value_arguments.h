@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "new_tensor.h"
 #include "sequence_view.h"
 #include "value_loss.h"
 
@@ -28,7 +29,7 @@ inline ValueOptions checked_value_options(const std::vector<double>& options, bo
 inline ValueOutputs new_value_outputs(const Tensor& values, bool grad_values) {
   const std::vector<int64_t> sizes(values.sizes().begin(), values.sizes().end());
   const auto empty = [&](const std::vector<int64_t>& shape, ScalarType dtype) {
-    return torch::stable::new_empty(values, shape, dtype);
+    return new_tensor(values, shape, dtype);
   };
   return {empty({}, ScalarType::Float), empty({kValueSums}, ScalarType::Double),
           empty(grad_values ? sizes : std::vector<int64_t>{0}, ScalarType::Float),

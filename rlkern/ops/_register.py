@@ -9,16 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlkern._schema import LIBRARY, backends, operator_name
+from rlkern._schema import LIBRARY, SCHEMAS, backends, operator_name
 
 # torch's own, which other releases may name otherwise: without them everything works, slower.
 _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
+_overloads = {
+    (op, backend): getattr(torch.ops.rlkern, operator_name(op, backend)).default
+    for op in SCHEMAS
+    for backend in backends(op)
+}
+
+
 def overload(op: str, backend: str) -> Callable[..., Any]:
     """``torch.ops.rlkern.<op of that backend>``."""
-    return getattr(torch.ops.rlkern, operator_name(op, backend)).default
+    return _overloads[op, backend]
 
 
 def register_python(op: str, backend: str, function: Callable[..., Any]) -> None:
@@ -40,13 +47,14 @@ def differentiable(
     setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., tuple[Tensor | None, ...]],
 ) -> Callable[[str, tuple[Any, ...], bool], tuple[Tensor, ...]]:
-    """Registers the derivative of an operator, the same for all its backends.
+    """Registers the derivative of an operator, the same for all its backends: of its first result.
 
     Args:
         op: the operator.
         inputs: the places of the arguments that have a gradient.
         outputs: how many of the results callers see.
-        setup_context: (ctx, arguments, results), as for torch.library.register_autograd.
+        setup_context: (ctx, arguments, results), as for torch.library.register_autograd, but that
+            the other results are marked as not differentiable.
         backward: (ctx, backend, *upstream gradients) -> a gradient for each of `inputs`.
 
     Returns:
@@ -64,6 +72,8 @@ def differentiable(
 
         def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.arguments = len(inputs)
+            if isinstance(output, tuple):
+                ctx.mark_non_differentiable(*output[1:])
             setup_context(ctx, inputs, output)
 
         torch.library.register_autograd(
@@ -78,6 +88,7 @@ def differentiable(
         with _below_autograd():
             output = run(backend, args)
         ctx.backend = backend
+        ctx.mark_non_differentiable(*output[1:outputs])
         setup_context(ctx, args, output)
         return output[:outputs]
 
