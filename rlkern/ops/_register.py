@@ -128,6 +128,7 @@ def is_final(backend: str, grad_loss: Tensor) -> bool:
         and not _graph_is_kept()
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
+        and not torch._C._functorch.is_legacy_batchedtensor(grad_loss)
         and torch._C._len_torch_dispatch_stack() == 0
         and grad_loss.item() == 1.0
     )
