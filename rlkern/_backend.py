@@ -9,8 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ContextDecorator
 
 import torch
 
@@ -23,7 +22,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # The use_backend blocks open in any thread, in the order of entry, and the last one's name.
-_blocks: list[_Block] = []
+_blocks: list[use_backend] = []
 _chosen: str | None = None
 _lock = threading.Lock()
 # Filled once: looking either up at every call would cost more than a small kernel does, and asking
@@ -49,26 +48,7 @@ def _validated(name: str, source: str) -> str | None:
     return name
 
 
-class _Block:
-    """An open use_backend block; a class, since blocks of one name are not one block."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-def _settle(entered: _Block | None, left: _Block | None) -> None:
-    global _chosen
-    # torch.compile can trace a block, but no lock, and traces in one thread at a time.
-    with nullcontext() if torch.compiler.is_compiling() else _lock:
-        if entered is not None:
-            _blocks.append(entered)
-        if left is not None:
-            _blocks.remove(left)
-        _chosen = _blocks[-1].name if _blocks else None
-
-
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
+class use_backend(ContextDecorator):  # noqa: N801 - called like a function
     """Serves the calls inside the ``with`` block by one backend, in the whole process.
 
     The choice is made when an operator is called; its backward runs on the backend that the
@@ -86,12 +66,36 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: an unknown name. A backend that cannot serve a call raises RuntimeError there.
     """
-    block = _Block(_validated(name, "use_backend(name)") or "auto")
-    _settle(block, None)
-    try:
-        yield
-    finally:
-        _settle(None, block)
+
+    def __init__(self, name: str) -> None:
+        self._name = _validated(name, "use_backend(name)") or "auto"
+
+    def __enter__(self) -> None:
+        # torch.compile can trace a block, but no lock, and traces in one thread at a time.
+        if torch.compiler.is_compiling():
+            self._settle(True)
+        else:
+            with _lock:
+                self._settle(True)
+
+    def __exit__(self, *error: object) -> None:
+        if torch.compiler.is_compiling():
+            self._settle(False)
+        else:
+            with _lock:
+                self._settle(False)
+
+    def _settle(self, entered: bool) -> None:
+        global _chosen
+        if entered:
+            _blocks.append(self)
+        else:
+            _blocks.remove(self)
+        _chosen = _blocks[-1]._name if _blocks else None
+
+    def _recreate_cm(self) -> use_backend:
+        """For a decorated function: each call is a block of its own."""
+        return type(self)(self._name)
 
 
 _environment = _validated(os.environ.get("RLKERN_BACKEND") or "auto", "RLKERN_BACKEND")
@@ -125,6 +129,10 @@ def choose(op: str, device: str, dtype: torch.dtype) -> str:
         RuntimeError: the backend that was asked for cannot serve the call.
     """
     wanted = _environment if _chosen is None else _chosen
+    # What the rules come to for most calls.
+    if wanted in (None, "auto", "native") and _native_kernels.get((op, device)):
+        if dtype in KERNEL_DTYPES:
+            return "native"
     if wanted is None or wanted == "auto":
         for backend in BACKENDS:
             # The interpreter is for tests: nobody is sent there unasked.

@@ -30,7 +30,7 @@ struct PolicySequence {
   const float* entropy;
   const float* token_weights;
   const unsigned char* entropy_mask;
-  float* grad_logprobs;  // without the batch's denominators
+  float* grad_logprobs;  // on a GPU without the batch's denominators
   float* grad_entropy;
 };
 

@@ -103,18 +103,34 @@ RLKERN_INLINE Denominator denominator(Aggregation aggregation, bool skip_empty,
   return d;
 }
 
+struct PolicyDenominators {
+  Denominator policy;
+  double bonus;
+};
+
+// Of the totals, only the counts of tokens and sequences are looked at.
+RLKERN_INLINE PolicyDenominators policy_denominators(const PolicyOptions& o,
+                                                     const GivenDenominators& given,
+                                                     const PolicyTotals& t) {
+  PolicyDenominators d;
+  d.policy = denominator(o.aggregation, o.skip_empty, given, t.sum[kTokens], t.sum[kSequences],
+                         t.sum[kNonEmpty]);
+  d.bonus = d.policy.value;
+  if (!o.entropy_same) {
+    d.bonus = given.entropy_normalizer == given.entropy_normalizer
+                  ? given.entropy_normalizer
+                  : at_least_one(t.sum[kBonusCount]);
+  }
+  return d;
+}
+
 RLKERN_INLINE PolicyResult policy_result(const PolicyOptions& o, const GivenDenominators& given,
                                          const PolicyTotals& t) {
-  const Denominator d = denominator(o.aggregation, o.skip_empty, given, t.sum[kTokens],
-                                    t.sum[kSequences], t.sum[kNonEmpty]);
+  const PolicyDenominators both = policy_denominators(o, given, t);
+  const Denominator d = both.policy;
+  const double bonus_denominator = both.bonus;
   PolicyResult r;
   r.scale = 1 / d.value;
-  double bonus_denominator = d.value;
-  if (!o.entropy_same) {
-    bonus_denominator = given.entropy_normalizer == given.entropy_normalizer
-                            ? given.entropy_normalizer
-                            : at_least_one(t.sum[kBonusCount]);
-  }
   r.entropy_scale = 1 / bonus_denominator;
   r.loss = (t.sum[kPolicyLoss] + (o.kl_coef == 0 ? 0 : o.kl_coef * t.sum[kAggregatedKl])) / d.value;
   if (o.entropy_coef != 0) r.loss -= o.entropy_coef * t.sum[kBonus] / bonus_denominator;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "flat_values.h"
+#include "new_tensor.h"
 #include "sequence_view.h"
 #include "value_loss.h"
 
@@ -29,7 +30,7 @@ inline ValueOptions checked_value_options(const std::vector<double>& options, bo
 inline ValueOutputs new_value_outputs(const Tensor& values, bool grad_values) {
   const std::vector<int64_t> sizes(values.sizes().begin(), values.sizes().end());
   const auto empty = [&](const std::vector<int64_t>& shape, ScalarType dtype) {
-    return torch::stable::new_empty(values, shape, dtype);
+    return new_tensor(values, shape, dtype);
   };
   return {empty({}, ScalarType::Float), empty({kValueSums}, ScalarType::Double),
           empty(grad_values ? sizes : std::vector<int64_t>{0}, ScalarType::Float),

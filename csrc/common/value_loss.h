@@ -76,12 +76,21 @@ struct ValueResult {
   double metrics[kValueSums];
 };
 
+// Of the totals, only the counts of tokens and sequences are looked at.
+RLKERN_INLINE Denominator value_denominator(const ValueOptions& o, const GivenDenominators& given,
+                                            const ValueTotals& t) {
+  return denominator(o.aggregation, o.skip_empty, given, t.sum[kValueTokens],
+                     t.sum[kValueSequences], t.sum[kValueNonEmpty]);
+}
+
+// What the slopes of the squares are multiplied by.
+RLKERN_INLINE double value_scale(const Denominator& d) { return 0.5 / d.value; }
+
 RLKERN_INLINE ValueResult value_result(const ValueOptions& o, const GivenDenominators& given,
                                        const ValueTotals& t) {
-  const Denominator d = denominator(o.aggregation, o.skip_empty, given, t.sum[kValueTokens],
-                                    t.sum[kValueSequences], t.sum[kValueNonEmpty]);
+  const Denominator d = value_denominator(o, given, t);
   ValueResult r;
-  r.scale = 0.5 / d.value;
+  r.scale = value_scale(d);
   r.loss = 0.5 * t.sum[kValueLoss] / d.value;
   for (int i = 0; i < kValueSums; ++i) r.metrics[i] = t.sum[i];
   r.metrics[kValueLoss] = r.loss * at_least_one(d.own);

@@ -7,22 +7,25 @@
 #include <optional>
 #include <vector>
 
+#include "../common/policy_totals.h"
 #include "../common/sequence_view.h"
 
 namespace rlkern {
 
 // Tokens below which a second thread costs more than it brings.
 constexpr int64_t kTokenGrain = 16384;
+// The same where a mask is all that is read.
+constexpr int64_t kCountGrain = 1 << 20;
 // Totals that are kept until they are added; long runs of short sequences share one.
 constexpr int64_t kMaxRuns = 4096;
 
-// Calls one(i, totals) for every sequence, in parallel over runs of them, and adds the runs'
-// totals in order: the result does not depend on the number of threads.
+// Calls one(i, totals) for every sequence, in parallel over runs of them of `token_grain` tokens or
+// more, and adds the runs' totals in order: the result does not depend on the number of threads.
 template <typename Totals, typename One>
-Totals over_sequences(const SequenceGrid& grid, int64_t tokens, One one) {
+Totals over_sequences(const SequenceGrid& grid, int64_t tokens, int64_t token_grain, One one) {
   const int64_t run = grid.sequences / kMaxRuns + 1;
   const int64_t runs = (grid.sequences + run - 1) / run;
-  const int64_t grain = tokens > 0 ? kTokenGrain * runs / tokens + 1 : runs + 1;
+  const int64_t grain = tokens > 0 ? token_grain * runs / tokens + 1 : runs + 1;
   std::vector<Totals> totals(runs);
   torch::stable::parallel_for(0, runs, grain, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
@@ -52,6 +55,11 @@ inline double given_number(const std::optional<Tensor>& tensor, double number, c
   check(tensor->numel() == 1 && tensor->scalar_type() == ScalarType::Double, name,
         ": expected one float64");
   return *static_cast<const double*>(tensor->data_ptr());
+}
+
+// The tokens divide, and have to be counted.
+inline bool counts_tokens(Aggregation aggregation, const GivenDenominators& given) {
+  return aggregation == Aggregation::kTokenMean && !(given.normalizer == given.normalizer);
 }
 
 inline float upstream_factor(const Tensor& grad_loss, const Tensor& scale, int64_t place) {

@@ -43,17 +43,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> value_loss_cpu(
                      ? token_rows<float>(out.grad_values, values, ScalarType::Float, "grad_values")
                      : TokenRows<float>();
 
+  const int64_t tokens = values.numel();
+  const auto sequence = [&](int64_t i) -> ValueSequence {
+    return {
+        grid.size(i),  v.row(grid, i), r.row(grid, i), old.row(grid, i), flag_bytes(m.row(grid, i)),
+        g.row(grid, i)};
+  };
+  // As in policy_loss.cpp, what divides the gradient is counted first.
+  float scale = 1;
+  if (grad_values) {
+    ValueTotals counts;
+    counts.clear();
+    counts.sum[kValueSequences] = static_cast<double>(grid.sequences);
+    if (counts_tokens(o.aggregation, given) || o.skip_empty) {
+      const auto kernel = value_kernels().count;
+      counts = over_sequences<ValueTotals>(
+          grid, tokens, kCountGrain,
+          [&](int64_t i, ValueTotals* totals) { kernel(sequence(i), totals); });
+    }
+    scale = static_cast<float>(value_scale(value_denominator(o, given, counts)));
+  }
   const auto kernel = value_kernels().value;
-  const ValueTotals sum =
-      over_sequences<ValueTotals>(grid, values.numel(), [&](int64_t i, ValueTotals* totals) {
-        kernel(o,
-               {grid.size(i), v.row(grid, i), r.row(grid, i), old.row(grid, i),
-                flag_bytes(m.row(grid, i)), g.row(grid, i)},
-               totals);
-      });
+  const ValueTotals sum = over_sequences<ValueTotals>(
+      grid, tokens, kTokenGrain,
+      [&](int64_t i, ValueTotals* totals) { kernel(o, sequence(i), scale, totals); });
   const ValueResult result = value_result(o, given, sum);
   *static_cast<float*>(out.loss.data_ptr()) = static_cast<float>(result.loss);
-  *static_cast<float*>(out.scale.data_ptr()) = static_cast<float>(result.scale);
+  *static_cast<float*>(out.scale.data_ptr()) = 1;
   double* vector = static_cast<double*>(out.metrics.data_ptr());
   for (int i = 0; i < kValueSums; ++i) vector[i] = result.metrics[i];
   return {out.loss, out.metrics, out.grad_values, out.scale};

@@ -86,13 +86,15 @@ def kl_penalty(
             logprobs, ref = logprobs.where(mask, 0.0), ref.where(mask, 0.0)
         value = reference.kl_penalty(logprobs, ref, estimator, clamp)
         return value if mask is None else value.where(mask, 0.0)
-    return _register.overload("kl_penalty", backend)(
+    args = (
         logprobs.contiguous(),
         ref.contiguous(),
         None if mask is None else mask.contiguous(),
         reference.ESTIMATORS.index(estimator),
         0 if clamp is None else 1 + reference.CLAMPS.index(clamp),
     )
+    (value,) = _call(backend, args, torch.is_grad_enabled() and logprobs.requires_grad)
+    return value
 
 
 def _float(value: object, name: str) -> Tensor:
@@ -104,20 +106,18 @@ def _float(value: object, name: str) -> Tensor:
     return tensor
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     logprobs, ref, mask, ctx.estimator, ctx.clamp = inputs
     ctx.save_for_backward(logprobs, ref, mask)
 
 
-def _backward(ctx: Any, grad: Tensor) -> Any:
-    bwd = _register.overload("kl_penalty_bwd", "native")
-    return bwd(grad.contiguous(), *ctx.saved_tensors, ctx.estimator, ctx.clamp), *[None] * 4
+def _backward(ctx: Any, backend: str, grad: Tensor) -> tuple[Tensor]:
+    bwd = _register.overload("kl_penalty_bwd", backend)
+    return (bwd(grad.contiguous(), *ctx.saved_tensors, ctx.estimator, ctx.clamp),)
 
 
 _backend.register("kl_penalty")
 _register.register_fake("kl_penalty", lambda logprobs, *rest: torch.empty_like(logprobs))
 _register.register_fake("kl_penalty_bwd", lambda grad, logprobs, *r: torch.empty_like(logprobs))
-torch.library.register_autograd(
-    "rlkern::kl_penalty", _backward, setup_context=_setup_context, lib=_register.LIBRARY
-)
+_call = _register.differentiable("kl_penalty", (0,), 1, _setup_context, _backward)
 _register.forbid_second_derivative("kl_penalty_bwd")

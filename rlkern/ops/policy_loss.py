@@ -1,8 +1,8 @@
 """policy_loss: a policy-gradient objective with its gradient and metrics from one pass.
 
 The public front is rlkern.PolicyLoss. Eager PyTorch differentiates the definition by autograd; the
-kernels return the gradient for an upstream of 1, without the batch's denominators, which the
-backward multiplies by: so nothing waits for a count over the batch.
+kernels return the gradient for an upstream of 1 and what it is still to be multiplied by: on a GPU
+the batch's denominators, so that nothing waits for a count over the batch.
 """
 
 from __future__ import annotations
@@ -47,21 +47,26 @@ def policy_loss(loss: Any, batch: reference.Batch, given: Denominators) -> tuple
         and batch.entropy is not None
         and batch.entropy.requires_grad
     )
+    logprobs_grad = grad and logprobs.requires_grad
     tensors = [value if isinstance(value, Tensor) else None for value in given]
-    wanted = grad and logprobs.requires_grad, entropy_grad
-    args = (*batch, *tensors, options(loss, given), *wanted)
-    if any(wanted) and not torch.compiler.is_compiling():
-        value, vector = _Eager.apply(backend, *args)
-    else:
-        value, vector, *_ = _register.overload("policy_loss", backend)(*args)
+    args = (*batch, *tensors, options(loss, given), logprobs_grad, entropy_grad)
+    value, vector = _call(backend, args, logprobs_grad or entropy_grad)
     return value, vector
 
 
 def options(loss: Any, given: Denominators) -> list[float]:
     """The objective as numbers, in the order of csrc/common/policy_options.h.
 
-    Names as their place in their list; a bound that is left out as infinity; a denominator that
-    was not given, or comes as a tensor, as NaN.
+    A denominator that was not given, or comes as a tensor, as NaN.
+    """
+    return loss.numbers + [
+        math.nan if value is None or isinstance(value, Tensor) else float(value) for value in given
+    ]
+
+
+def numbers(loss: Any) -> list[float]:
+    """The objective's part of the options, the same at every call: names as their place in their
+    list; a bound that is left out as infinity.
     """
 
     def bound(value: float | None, otherwise: float = math.inf) -> float:
@@ -71,7 +76,7 @@ def options(loss: Any, given: Denominators) -> list[float]:
         return 0.0 if value is None else value
 
     correction = loss.correction
-    numbers = [
+    result = [
         SURROGATES.index(loss.surrogate),
         RATIO_LEVELS.index(loss.ratio_level),
         bound(loss.clip_low),
@@ -99,60 +104,24 @@ def options(loss: Any, given: Denominators) -> list[float]:
         or_zero(loss.vespo_k_neg),
         or_zero(loss.vespo_lambda_neg),
     ]
-    numbers += [
-        math.nan if value is None or isinstance(value, Tensor) else value for value in given
-    ]
-    return [float(number) for number in numbers]
+    return [float(number) for number in result]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, metrics, grad_logprobs, grad_entropy, scale = output
-    ctx.mark_non_differentiable(metrics, grad_logprobs, grad_entropy, scale)
-    ctx.save_for_backward(grad_logprobs, grad_entropy, scale)
-    ctx.inputs = len(inputs)
-    ctx.has_gradient = {"logprobs": inputs[-2], "entropy": inputs[-1]}
+    ctx.save_for_backward(*output[2:])
+    ctx.has_gradient = inputs[-2:]
 
 
-def _backward(ctx: Any, backend: str, grad_loss: Tensor) -> list[Tensor | None]:
+def _backward(
+    ctx: Any, backend: str, grad_loss: Tensor, *_: Any
+) -> tuple[Tensor | None, Tensor | None]:
     _register.refuse_create_graph("policy_loss")
-    scaled = _register.overload("policy_loss_bwd", backend)
-    grad_logprobs, grad_entropy = scaled(grad_loss, *ctx.saved_tensors)
-    result: list[Tensor | None] = [None] * ctx.inputs
-    for name, grad in (("logprobs", grad_logprobs), ("entropy", grad_entropy)):
-        if ctx.has_gradient[name]:
-            result[reference.Batch._fields.index(name)] = grad
-    return result
-
-
-class _Eager(torch.autograd.Function):
-    """The operator with its gradient, in eager mode: torch.library's own way through autograd
-    takes twice as long as the kernel does on a small batch."""
-
-    @staticmethod
-    def forward(ctx: Any, backend: str, *args: Any) -> tuple[Tensor, Tensor]:
-        output = _register.overload("policy_loss", backend)(*args)
-        ctx.backend = backend
-        _setup_context(ctx, args, output)
-        return output[0], output[1]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *_backward(ctx, ctx.backend, grads[0]))
-
-
-def _register_autograd() -> None:
-    for backend in _register.backends("policy_loss"):
-
-        def backward(ctx: Any, *grads: Tensor, backend: str = backend) -> Any:
-            return tuple(_backward(ctx, backend, grads[0]))
-
-        torch.library.register_autograd(
-            f"rlkern::{_register.operator_name('policy_loss', backend)}",
-            backward,
-            setup_context=_setup_context,
-            lib=_register.LIBRARY,
-        )
-    _register.forbid_second_derivative("policy_loss_bwd")
+    grad_logprobs, grad_entropy, scale = ctx.saved_tensors
+    if not _register.is_final(backend, grad_loss):
+        scaled = _register.overload("policy_loss_bwd", backend)
+        grad_logprobs, grad_entropy = scaled(grad_loss, grad_logprobs, grad_entropy, scale)
+    logprobs, entropy = ctx.has_gradient
+    return grad_logprobs if logprobs else None, grad_entropy if entropy else None
 
 
 def _fake(logprobs, *rest):
@@ -187,4 +156,11 @@ _register.register_fake("policy_loss", _fake)
 _register.register_fake("policy_loss_bwd", _fake_backward)
 _register.register_python("policy_loss", "triton", _triton("forward"))
 _register.register_python("policy_loss_bwd", "triton", _triton("backward"))
-_register_autograd()
+_call = _register.differentiable(
+    "policy_loss",
+    (reference.Batch._fields.index("logprobs"), reference.Batch._fields.index("entropy")),
+    2,
+    _setup_context,
+    _backward,
+)
+_register.forbid_second_derivative("policy_loss_bwd")

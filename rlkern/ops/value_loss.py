@@ -1,7 +1,7 @@
 """value_loss: the clipped value loss with its gradient and metrics from one pass.
 
 The public front is rlkern.ValueLoss. As in ops/policy_loss.py, the kernels return the gradient
-for an upstream of 1 without the batch's denominator.
+for an upstream of 1 and what it is still to be multiplied by.
 """
 
 from __future__ import annotations
@@ -44,21 +44,20 @@ def value_loss(
     ]
     tensors = [value if isinstance(value, Tensor) else None for value in given[:2]]
     grad = torch.is_grad_enabled() and values.requires_grad
-    value, vector, *_ = _register.overload("value_loss", backend)(*batch, *tensors, options, grad)
+    value, vector = _call(backend, (*batch, *tensors, options, grad), grad)
     return value, vector
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, metrics, grad_values, scale = output
-    ctx.mark_non_differentiable(metrics, grad_values, scale)
-    ctx.save_for_backward(grad_values, scale)
-    ctx.inputs = len(inputs)
+    ctx.save_for_backward(*output[2:])
 
 
-def _backward(ctx: Any, *grads: Tensor) -> Any:
+def _backward(ctx: Any, backend: str, grad_loss: Tensor, *_: Any) -> tuple[Tensor]:
     _register.refuse_create_graph("value_loss")
-    scaled = _register.overload("value_loss_bwd", "native")
-    return (scaled(grads[0], *ctx.saved_tensors), *[None] * (ctx.inputs - 1))
+    grad_values, scale = ctx.saved_tensors
+    if _register.is_final(backend, grad_loss):
+        return (grad_values,)
+    return (_register.overload("value_loss_bwd", backend)(grad_loss, grad_values, scale),)
 
 
 def _fake(values, *rest):
@@ -73,7 +72,5 @@ def _fake(values, *rest):
 _backend.register("value_loss")
 _register.register_fake("value_loss", _fake)
 _register.register_fake("value_loss_bwd", lambda grad_loss, grad, scale: torch.empty_like(grad))
-torch.library.register_autograd(
-    "rlkern::value_loss", _backward, setup_context=_setup_context, lib=_register.LIBRARY
-)
+_call = _register.differentiable("value_loss", (0,), 2, _setup_context, _backward)
 _register.forbid_second_derivative("value_loss_bwd")

@@ -4,12 +4,14 @@
 // for losses that have a sequence's ratio or weight), the terms with gradient and metrics, and,
 // where the tokens share a ratio, its gradient. Sums run in floats over chains of at most
 // kChain vectors, then in doubles, in an order that depends on the sequence's length alone.
+// What most calls ask for has walks of its own (policy_clip.h).
 
 #include "policy_kernels.h"
 
 // clang-format off: the formulas find the vectors' exp and log by their declarations before them.
 #include "token_blocks.h"
 #include "../../common/policy_sequence.h"
+#include "policy_clip.h"
 // clang-format on
 
 namespace rlkern {
@@ -37,57 +39,29 @@ SequenceState state_of(const PolicyOptions& o, const PolicySequence& s, double l
   for_blocks(s, &sums, [&](const auto& block) __attribute__((always_inline)) {
     add_before<kSurrogate>(o, has_rollout, block.counts, policy_input(s, block), sums.chain);
   });
-  return sequence_state<kSurrogate>(o, length, sums.total);
-}
-
-// What most calls ask for: the clipped ratio of a token or of its sequence, with a k3 KL or without
-// one, and nothing else. With these options as constants the loop over tokens is a third as long.
-bool is_common(const PolicyOptions& o, const PolicySequence& s) {
-  const bool plain_kl =
-      s.ref_logprobs == nullptr ||
-      (o.kl_estimator == KlEstimator::kK3 && o.kl_clamp == KlClamp::kNone && !o.kl_ratio_weighted);
-  return o.surrogate == SurrogateKind::kClip && plain_kl &&
-         (o.level == RatioLevel::kToken || o.level == RatioLevel::kSequence) &&
-         o.correction == CorrectionLevel::kNone && !o.off_policy() && !(o.dual_clip < kInf) &&
-         !(o.ratio_cap < kInf) && s.entropy == nullptr && s.token_weights == nullptr &&
-         s.old_logprobs != nullptr && s.one_advantage;
-}
-
-template <RatioLevel kLevel, bool kHasRef>
-RLKERN_INLINE void set_common(PolicyOptions* o, PolicySequence* s) {
-  o->level = kLevel;
-  o->kl_estimator = KlEstimator::kK3;
-  o->kl_clamp = KlClamp::kNone;
-  o->kl_ratio_weighted = false;
-  o->correction = CorrectionLevel::kNone;
-  o->off_policy_threshold = kInf;
-  o->dual_clip = kInf;
-  o->ratio_cap = kInf;
-  o->entropy_coef = 0;
-  if (!kHasRef) s->ref_logprobs = nullptr;
-  s->one_advantage = true;
-  s->advantages = nullptr;
-  s->rollout_logprobs = nullptr;
-  s->entropy = nullptr;
-  s->token_weights = nullptr;
+  double total[BeforeSum::kCount];
+  for (int i = 0; i < BeforeSum::kCount; ++i) total[i] = sums.total(i);
+  return sequence_state<kSurrogate>(o, length, total);
 }
 
 template <SurrogateKind kSurrogate>
-RLKERN_INLINE void sequence(const PolicyOptions& o, const PolicySequence& s, PolicyTotals* out) {
-  const double count = (double)count_tokens(s);
+void general(const PolicyOptions& o, const PolicySequence& s, GradientScales scales,
+             PolicyTotals* out) {
+  const double count = (double)count_both(s.mask, nullptr, s.size);
   const double length = at_least_one(count);
   const SequenceState state = state_of<kSurrogate>(o, s, length);
   const SequenceShares shares = sequence_shares<kSurrogate>(o, length);
+  const SequenceShares of_gradient = scaled(shares, scales);
   const bool has_ref = s.ref_logprobs != nullptr;
 
   Sums<TermSum::kCount> sums;
   RatioRange<vfloat> range;
-  for_blocks(s, &sums, [&](const auto& block) __attribute__((always_inline)) {
+  const auto terms = [&](const auto& block) __attribute__((always_inline)) {
     const vint counts = block.counts;
     const PolicyTerm<vfloat> t = policy_term<kSurrogate>(o, state, has_ref, policy_input(s, block));
     add_term<kSurrogate>(o, has_ref, counts, t, sums.chain, &range);
     if (s.grad_logprobs != nullptr) {
-      block.store(s.grad_logprobs, term_gradient(o, shares, has_ref, counts, t, sums.chain));
+      block.store(s.grad_logprobs, term_gradient(o, of_gradient, has_ref, counts, t, sums.chain));
     }
     if (s.entropy != nullptr) {
       const vfloat entropy = block.load(s.entropy);
@@ -95,14 +69,17 @@ RLKERN_INLINE void sequence(const PolicyOptions& o, const PolicySequence& s, Pol
       if (o.entropy_coef != 0) {
         const vint chosen =
             s.entropy_mask != nullptr ? counts & block.flags(s.entropy_mask) : counts;
-        const vfloat grad = add_bonus(o, shares, chosen, entropy, sums.chain);
+        const vfloat grad = add_bonus(o, of_gradient, chosen, entropy, sums.chain);
         if (s.grad_entropy != nullptr) block.store(s.grad_entropy, grad);
       }
     }
-  });
+  };
+  for_blocks(s, &sums, terms, s.grad_logprobs, s.grad_entropy);
+  double total[TermSum::kCount];
+  for (int i = 0; i < TermSum::kCount; ++i) total[i] = sums.total(i);
 
   if (o.coupled() && s.grad_logprobs != nullptr) {
-    const float each = shared_gradient(o, length, sums.total[TermSum::kShared]);
+    const float each = shared_gradient(o, length, total[TermSum::kShared]);
     Sums<1> none;
     for_blocks(s, &none, [&](const auto& block) __attribute__((always_inline)) {
       const vfloat own = block.load(s.grad_logprobs);
@@ -110,47 +87,37 @@ RLKERN_INLINE void sequence(const PolicyOptions& o, const PolicySequence& s, Pol
     });
   }
   const RatioRange<float> ends = {reduce_max(range.max), reduce_max(range.minus_min)};
-  add_sequence<kSurrogate>(o, s.one_advantage, s.advantage, state, shares, count, sums.total, ends,
-                           out);
+  add_sequence<kSurrogate>(o, s.one_advantage, s.advantage, state, shares, count, total, ends, out);
 }
 
-template <RatioLevel kLevel, bool kHasRef>
-void common(PolicyOptions o, PolicySequence s, PolicyTotals* out) {
-  set_common<kLevel, kHasRef>(&o, &s);
-  sequence<SurrogateKind::kClip>(o, s, out);
+void count(const PolicySequence& s, PolicyTotals* out) {
+  const double tokens = (double)count_both(s.mask, nullptr, s.size);
+  out->sum[kTokens] += tokens;
+  out->sum[kSequences] += 1;
+  out->sum[kNonEmpty] += tokens > 0;
+  out->sum[kBonusCount] +=
+      s.entropy_mask == nullptr ? tokens : (double)count_both(s.mask, s.entropy_mask, s.size);
 }
 
-template <SurrogateKind kSurrogate>
-void general(const PolicyOptions& o, const PolicySequence& s, PolicyTotals* out) {
-  sequence<kSurrogate>(o, s, out);
-}
-
-void policy(const PolicyOptions& o, const PolicySequence& s, PolicyTotals* out) {
-  if (is_common(o, s)) {
-    const bool has_ref = s.ref_logprobs != nullptr;
-    if (o.level == RatioLevel::kToken) {
-      return has_ref ? common<RatioLevel::kToken, true>(o, s, out)
-                     : common<RatioLevel::kToken, false>(o, s, out);
-    }
-    return has_ref ? common<RatioLevel::kSequence, true>(o, s, out)
-                   : common<RatioLevel::kSequence, false>(o, s, out);
-  }
+void policy(const PolicyOptions& o, const PolicySequence& s, GradientScales scales,
+            PolicyTotals* out) {
+  if (is_plain_clip(o, s)) return plain_clip(o, s, scales, out);
   switch (o.surrogate) {
     case SurrogateKind::kClip:
-      return general<SurrogateKind::kClip>(o, s, out);
+      return general<SurrogateKind::kClip>(o, s, scales, out);
     case SurrogateKind::kCispo:
-      return general<SurrogateKind::kCispo>(o, s, out);
+      return general<SurrogateKind::kCispo>(o, s, scales, out);
     case SurrogateKind::kSapo:
-      return general<SurrogateKind::kSapo>(o, s, out);
+      return general<SurrogateKind::kSapo>(o, s, scales, out);
     case SurrogateKind::kGmpo:
-      return general<SurrogateKind::kGmpo>(o, s, out);
+      return general<SurrogateKind::kGmpo>(o, s, scales, out);
     case SurrogateKind::kVespo:
-      return general<SurrogateKind::kVespo>(o, s, out);
+      return general<SurrogateKind::kVespo>(o, s, scales, out);
     case SurrogateKind::kDppoTv:
     case SurrogateKind::kDppoKl:
-      return general<SurrogateKind::kDppoKl>(o, s, out);
+      return general<SurrogateKind::kDppoKl>(o, s, scales, out);
     case SurrogateKind::kReinforce:
-      return general<SurrogateKind::kReinforce>(o, s, out);
+      return general<SurrogateKind::kReinforce>(o, s, scales, out);
   }
 }
 
@@ -162,4 +129,5 @@ void policy(const PolicyOptions& o, const PolicySequence& s, PolicyTotals* out) 
 
 extern "C" const rlkern::TokenKernels RLKERN_JOIN(rlkern_token_kernels_, RLKERN_ISA) = {
     rlkern::policy,
+    rlkern::count,
 };

@@ -12,7 +12,7 @@ struct ValueSequence {
   const float* returns;
   const float* old_values;
   const unsigned char* mask;
-  float* grad_values;  // without the batch's denominator
+  float* grad_values;
 };
 
 struct KlTokens {
@@ -25,8 +25,10 @@ struct KlTokens {
 };
 
 struct ValueKernels {
-  // Adds the sequence to the totals and writes its gradient.
-  void (*value)(const ValueOptions&, const ValueSequence&, ValueTotals*);
+  // Adds the sequence to the totals and writes its gradient, multiplied by `scale`.
+  void (*value)(const ValueOptions&, const ValueSequence&, float scale, ValueTotals*);
+  // Adds what the denominator is made of alone.
+  void (*count)(const ValueSequence&, ValueTotals*);
   void (*kl)(KlEstimator, KlClamp, const KlTokens&);
 };
 
