@@ -48,7 +48,7 @@ def return_scan(batch: ScanBatch, options: ScanOptions) -> tuple[Tensor, Tensor]
     if batch.offsets is not None:
         places, padded = _padded(batch)
         first, second = return_scan(padded, options)
-        return first[places], second[places] if second.numel() else second
+        return first[places], second if batch.values is None else second[places]
 
     rewards = batch.rewards
     rows, steps = rewards.shape

@@ -16,7 +16,6 @@ The formulas and their guards against 0 * inf are csrc/common/policy_formulas.h'
 from __future__ import annotations
 
 import math
-from ctypes import c_float
 from functools import lru_cache
 from typing import Any
 
@@ -26,6 +25,17 @@ import triton.language as tl
 from torch import Tensor
 
 from rlkern.triton._math import INF, clamped, exp, exp_and_expm1, expm1_less, product
+from rlkern.triton._tokens import (
+    OPTIONS,
+    counting,
+    flags,
+    floats,
+    floats_or,
+    fp32,
+    require_tokens,
+    row_stride,
+    two_floats,
+)
 
 # 512 threads with 2 tokens each: the sums' lanes are what takes registers. Left to itself ptxas
 # spills a little where that lets two programs share a multiprocessor.
@@ -38,9 +48,6 @@ _CHAIN = 16
 _ROWS = 128
 _FINISH_WARPS = 8
 _SCALE_BLOCK = 1024
-# Without it products and sums would be contracted differently from one specialisation to the next.
-_OPTIONS = {"enable_fp_fusion": False}
-
 # A sequence's totals, float64: 22 sums and 6 maxima in the order of csrc/common/policy_totals.h.
 _COLUMNS = tl.constexpr(32)
 _METRIC_SUMS = tl.constexpr(18)
@@ -200,36 +207,6 @@ def _dppo_keeps(a, logprob, old, clip_low, clip_high, KL: tl.constexpr):
 # ---- one sequence -------------------------------------------------------------------------------
 
 
-@triton.jit
-def _flags(data, at, lane, inside):
-    return inside & (tl.load(data + at + lane, mask=inside, other=0) != 0)
-
-
-@triton.jit
-def _counting(mask, at, lane, inside):
-    if mask is None:
-        return inside
-    else:
-        return _flags(mask, at, lane, inside)
-
-
-@triton.jit
-def _floats(data, at, lane, inside, counts):
-    """Zeros where a token does not count, whatever stands there.
-
-    It is read, so that the read need not wait for the mask's.
-    """
-    return tl.where(counts, tl.load(data + at + lane, mask=inside, other=0.0), 0.0)
-
-
-@triton.jit
-def _floats_or(data, at, lane, inside, counts, otherwise):
-    if data is None:
-        return otherwise
-    else:
-        return tl.where(counts, tl.load(data + at + lane, mask=inside, other=0.0), 0.0)
-
-
 _POINTERS = [
     "logprobs", "advantages", "mask", "old_logprobs", "ref_logprobs", "rollout_logprobs", "entropy",
     "token_weights", "entropy_mask", "offsets", "grad_logprobs", "grad_entropy", "totals",
@@ -307,11 +284,11 @@ def _sequence_kernel(
             for start in range(chain, tl.minimum(chain + CHAIN * BLOCK, size), BLOCK):
                 at = begin + start
                 inside = lane < tl.minimum(size - start, BLOCK).to(tl.int32)
-                counts = _counting(mask, sequence * mask_row + at, lane, inside)
+                counts = counting(mask, sequence * mask_row + at, lane, inside)
                 counted += counts.to(tl.int32)
                 if NEEDS_SUMS:
-                    logprob = _floats(logprobs, sequence * logprobs_row + at, lane, inside, counts)
-                    old = _floats_or(
+                    logprob = floats(logprobs, sequence * logprobs_row + at, lane, inside, counts)
+                    old = floats_or(
                         old_logprobs, sequence * old_row + at, lane, inside, counts, logprob
                     )
                     d = logprob - old
@@ -321,7 +298,7 @@ def _sequence_kernel(
                         else:
                             s_d += d
                     if rollout_logprobs is not None:
-                        rollout = _floats(
+                        rollout = floats(
                             rollout_logprobs, sequence * rollout_row + at, lane, inside, counts
                         )
                     else:
@@ -344,10 +321,10 @@ def _sequence_kernel(
                         if ONE_ADVANTAGE:
                             a = tl.where(counts, one_advantage, 0.0)
                         else:
-                            a = _floats(
+                            a = floats(
                                 advantages, sequence * advantages_row + at, lane, inside, counts
                             )
-                        weight = _floats_or(
+                        weight = floats_or(
                             token_weights, sequence * weights_row + at, lane, inside, counts,
                             tl.where(counts, 1.0, 0.0),
                         )  # fmt: skip
@@ -463,15 +440,15 @@ def _sequence_kernel(
         for start in range(chain, tl.minimum(chain + CHAIN * BLOCK, size), BLOCK):
             at = begin + start
             inside = lane < tl.minimum(size - start, BLOCK).to(tl.int32)
-            counts = _counting(mask, sequence * mask_row + at, lane, inside)
+            counts = counting(mask, sequence * mask_row + at, lane, inside)
             if mask is not None:
                 counted += counts.to(tl.int32)
-            logprob = _floats(logprobs, sequence * logprobs_row + at, lane, inside, counts)
-            old = _floats_or(old_logprobs, sequence * old_row + at, lane, inside, counts, logprob)
+            logprob = floats(logprobs, sequence * logprobs_row + at, lane, inside, counts)
+            old = floats_or(old_logprobs, sequence * old_row + at, lane, inside, counts, logprob)
             if ONE_ADVANTAGE:
                 a = tl.where(counts, one_advantage, 0.0)
             else:
-                a = _floats(advantages, sequence * advantages_row + at, lane, inside, counts)
+                a = floats(advantages, sequence * advantages_row + at, lane, inside, counts)
 
             d = logprob - old
             exp_d, expm1_d = exp_and_expm1(d)
@@ -536,7 +513,7 @@ def _sequence_kernel(
             rollout_weight = sequence_weight
             if CORRECTION != _UNCORRECTED:
                 if CORRECTION == _BY_TOKEN:
-                    rollout = _floats(
+                    rollout = floats(
                         rollout_logprobs, sequence * rollout_row + at, lane, inside, counts
                     )
                     rollout_weight = _rollout_weight(
@@ -551,7 +528,7 @@ def _sequence_kernel(
             # gmpo's weights are in its mean already.
             if SURROGATE == _GMPO:
                 if token_weights is not None:
-                    weight = _floats(
+                    weight = floats(
                         token_weights, sequence * weights_row + at, lane, inside, counts
                     )
                     direct = product(direct, weight)
@@ -561,7 +538,7 @@ def _sequence_kernel(
                     through = tl.where(kept, through, 0.0)
                     direct = tl.where(kept, direct, 0.0)
                 if token_weights is not None:
-                    weight = _floats(
+                    weight = floats(
                         token_weights, sequence * weights_row + at, lane, inside, counts
                     )
                     loss = product(loss, weight)
@@ -577,7 +554,7 @@ def _sequence_kernel(
                     direct *= share
 
             if ref_logprobs is not None:
-                ref = _floats(ref_logprobs, sequence * ref_row + at, lane, inside, counts)
+                ref = floats(ref_logprobs, sequence * ref_row + at, lane, inside, counts)
                 kl, kl_slope = _kl_estimate(ref - logprob, ESTIMATOR, KL_BOUNDED)
                 if KL_WEIGHTED:
                     kl = product(kl, r)
@@ -602,14 +579,12 @@ def _sequence_kernel(
                         grad += tl.where(is_open, through, 0.0)
                     tl.store(out, tl.where(counts, grad, 0.0), mask=inside)
             if entropy is not None:
-                h = _floats(entropy, sequence * entropy_row + at, lane, inside, counts)
+                h = floats(entropy, sequence * entropy_row + at, lane, inside, counts)
                 s_entropy += h
                 if BONUS:
                     chosen = counts
                     if entropy_mask is not None:
-                        chosen = _flags(
-                            entropy_mask, sequence * entropy_mask_row + at, lane, counts
-                        )
+                        chosen = flags(entropy_mask, sequence * entropy_mask_row + at, lane, counts)
                     s_bonus += tl.where(chosen, h, 0.0)
                     s_chosen += tl.where(chosen, 1.0, 0.0)
                     if grad_entropy is not None:
@@ -661,7 +636,7 @@ def _sequence_kernel(
         for start in range(0, size, BLOCK):
             at = begin + start
             inside = lane < tl.minimum(size - start, BLOCK).to(tl.int32)
-            counts = _counting(mask, sequence * mask_row + at, lane, inside)
+            counts = counting(mask, sequence * mask_row + at, lane, inside)
             out = grad_logprobs + (sequence * grad_row + at) + lane
             grad = tl.where(counts, each, 0.0)
             if OWN:
@@ -852,24 +827,8 @@ def _scale_kernel(
 # ---- launchers ----------------------------------------------------------------------------------
 
 
-def _fp32(x: float) -> float:
-    """As fp32 holds it: a larger number is infinite."""
-    return math.copysign(math.inf, x) if abs(x) > _LARGEST.value else x
-
-
 def _exp(x: float) -> float:
     return math.exp(x) if x < 88.8 else math.inf
-
-
-def _two_floats(x: float) -> tuple[float, float]:
-    """A float64 as a sum of two fp32 numbers, which is what Triton passes numbers as."""
-    high = c_float(x).value
-    return high, x - high if math.isfinite(high) else 0.0
-
-
-def _row_stride(tensor: Tensor | None) -> int:
-    """0 for packed tokens, whose place in memory is the sequence's offset."""
-    return tensor.stride(0) if tensor is not None and tensor.dim() == 2 else 0
 
 
 @lru_cache(maxsize=64)
@@ -904,23 +863,7 @@ def _arguments(options: tuple[float, ...]) -> tuple[tuple[float, ...], dict[str,
         "CORRECTION": int(correction),
         "CORRECTION_MASKS": bool(correction_masks),
     }
-    return tuple(_fp32(x) for x in numbers), compiled_for
-
-
-def _require(logprobs: Tensor, tensors: tuple[Tensor | None, ...], options: list[float]) -> None:
-    """What would otherwise be read as something else, or beyond its end."""
-    if logprobs.dtype != torch.float32:
-        raise TypeError(f"logprobs: expected float32, got {logprobs.dtype}")
-    if len(options) != 29:
-        raise ValueError(f"options: expected 29 numbers, got {len(options)}")
-    for tensor in tensors:
-        if tensor is not None and (
-            tensor.shape != logprobs.shape or (tensor.shape[-1] > 1 and tensor.stride(-1) != 1)
-        ):
-            raise ValueError(
-                f"expected values per token of shape {list(logprobs.shape)}, consecutive along a "
-                f"sequence, got {list(tensor.shape)} with strides {tensor.stride()}"
-            )
+    return tuple(fp32(x) for x in numbers), compiled_for
 
 
 def forward(
@@ -948,7 +891,9 @@ def forward(
         logprobs, None if one_advantage else advantages, mask, old_logprobs, ref_logprobs,
         rollout_logprobs, entropy, token_weights, entropy_mask,
     )  # fmt: skip
-    _require(logprobs, per_token, options)
+    require_tokens(logprobs, "logprobs", per_token)
+    if len(options) != 29:
+        raise ValueError(f"options: expected 29 numbers, got {len(options)}")
     loss = logprobs.new_empty(())
     metrics = logprobs.new_empty((_METRICS,), dtype=torch.float64)
     logprobs_out = logprobs.new_empty(logprobs.shape if grad_logprobs else (0,))
@@ -962,19 +907,19 @@ def forward(
             _sequence_kernel[(sequences,)](
                 logprobs, advantages, *per_token[2:], offsets,
                 logprobs_out if grad_logprobs else None, entropy_out if grad_entropy else None,
-                totals, length, *map(_row_stride, per_token), length, *numbers,
+                totals, length, *map(row_stride, per_token), length, *numbers,
                 ONE_ADVANTAGE=one_advantage, BLOCK=_BLOCK, CHAIN=_CHAIN, num_warps=_WARPS,
-                maxnreg=_MAX_REGISTERS, **compiled_for, **_OPTIONS,
+                maxnreg=_MAX_REGISTERS, **compiled_for, **OPTIONS,
             )  # fmt: skip
         _finish_kernel[(1,)](
             totals, sequences,
-            normalizer, *_two_floats(options[-3]),
-            num_sequences, *_two_floats(options[-2]),
-            entropy_normalizer, *_two_floats(options[-1]),
-            _fp32(options[7]), _fp32(options[11]), loss, metrics, scale,
+            normalizer, *two_floats(options[-3]),
+            num_sequences, *two_floats(options[-2]),
+            entropy_normalizer, *two_floats(options[-1]),
+            fp32(options[7]), fp32(options[11]), loss, metrics, scale,
             AGGREGATION=int(options[13]), SKIP_EMPTY=bool(options[14]), KL=compiled_for["KL"],
             BONUS=compiled_for["BONUS"], BONUS_SAME=bool(options[12]), ROWS=_ROWS,
-            num_warps=_FINISH_WARPS, **_OPTIONS,
+            num_warps=_FINISH_WARPS, **OPTIONS,
         )  # fmt: skip
     return loss, metrics, logprobs_out, entropy_out, scale
 
@@ -993,6 +938,6 @@ def backward(
         with torch.cuda.device_of(grad_loss):
             _scale_kernel[(triton.cdiv(size, _SCALE_BLOCK),)](
                 grad_loss, scale, *(tensor for pair in pairs for tensor in pair), size,
-                BLOCK=_SCALE_BLOCK, num_warps=4, **_OPTIONS,
+                BLOCK=_SCALE_BLOCK, num_warps=4, **OPTIONS,
             )  # fmt: skip
     return outs[0], outs[1]

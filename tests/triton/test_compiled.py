@@ -106,12 +106,12 @@ def built(kernel, signature, constexprs, attributes, architecture, **options):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from rlkern.triton import token_logprobs as kernels
+    from rlkern.triton._tokens import OPTIONS
 
     return triton.compile(
         ASTSource(kernel, signature, constexprs, attributes),
         target=GPUTarget("cuda", architecture, 32),
-        options={**options, **kernels._OPTIONS},
+        options={**options, **OPTIONS},
     )
 
 
