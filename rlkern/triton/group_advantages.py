@@ -114,7 +114,7 @@ def _group_kernel(
     t_squared = zero
     t_length = zero
     t_length_rise = zero
-    if IN_GROUP and BASELINE != _PASS_AT_K or SCALE == _STD or SCALE == _OF_MEAN:
+    if BASELINE <= _LENGTH_WEIGHTED or SCALE == _STD or SCALE == _OF_MEAN:
         for start in range(begin, end, BLOCK):
             inside = lane < tl.minimum(end - start, BLOCK).to(tl.int32)
             row = _members(order, start + lane, inside)
@@ -212,6 +212,17 @@ def _normalized(x: Tensor, unbiased: bool, eps: float) -> Tensor:
     return z.where(~x.isnan() & (size != 1) & (deviation > 0), 0.0)
 
 
+def _require(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """What would otherwise be read as something else, or beyond its end."""
+    if tensor is not None and (
+        tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous()
+    ):
+        raise ValueError(
+            f"{name}: expected {list(shape)} {str(dtype).removeprefix('torch.')}, contiguous, got "
+            f"{tensor.dtype} {list(tensor.shape)}"
+        )
+
+
 def forward(
     rewards: Tensor,
     group_size: int,
@@ -231,6 +242,10 @@ def forward(
         )
     baseline, scale, unbiased, eps, raw, joined, normalized = options
     rows, columns = rewards.shape
+    _require("group_ids", group_ids, torch.int64, (rows,))
+    _require("lengths", lengths, torch.float32, (rows,))
+    _require("given", given, torch.float32, (rows, columns))
+    _require("weights", weights, torch.float32, (columns,))
     if rows == 0:
         return rewards.new_empty((0,))
     if group_ids is None:

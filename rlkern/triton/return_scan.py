@@ -5,9 +5,9 @@ the other way, and scans each block in parallel: lane 0 is the block's first in 
 walk. What a token adds to the state is x -> a + k x. The other half of the state, V_{t+1}, needs no
 arithmetic: it is the value of the next token, past those that do not count.
 
-All in float64, as csrc/common/return_scan.h says why, and rounded once. The blocks' size depends on
-nothing, and accesses are not specialised by alignment: a sequence's bits depend on its own values
-alone.
+All in float64, as csrc/common/return_scan.h says why, and rounded once. Blocks are of one size
+however long a sequence is, and accesses are not specialised by alignment: a sequence's bits depend
+on its own values alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,12 @@ from rlkern.triton._tokens import (
 )
 
 _BLOCK = 1024
+# V-trace and the backward pass need the state before each token as well, and with 1024 lanes so
+# many registers that a program would have a multiprocessor to itself.
+_STATES_BLOCK = 512
 _WARPS = 8
+# Two programs on a multiprocessor. Left to itself ptxas may spill a little to make it three.
+_MAX_REGISTERS = 128
 
 
 @triton.jit
@@ -251,6 +256,19 @@ def _extent(tokens: Tensor, offsets: Tensor | None) -> tuple[int, int, int]:
     return offsets.shape[0] - 1, 0, tokens.shape[0]
 
 
+def _require_per_sequence(sequences: int, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and (
+            tensor.shape != (sequences,)
+            or tensor.dtype != torch.float32
+            or not tensor.is_contiguous()
+        ):
+            raise ValueError(
+                f"{name}: expected {sequences} float32, one per sequence, contiguous, got "
+                f"{tensor.dtype} {list(tensor.shape)}"
+            )
+
+
 def forward(
     rewards: Tensor,
     values: Tensor | None,
@@ -266,7 +284,10 @@ def forward(
     per_token = rewards, values, log_ratios, mask, dones
     require_tokens(rewards, "rewards", per_token)
     numbers, breaks = _numbers(options)
+    if values is None and log_ratios is not None:
+        raise ValueError("values: expected with log_ratios, got None")
     sequences, length, total = _extent(rewards, offsets)
+    _require_per_sequence(sequences, bootstrap_value=bootstrap_value, lam=lam)
     first = rewards.new_empty(rewards.shape)
     second = rewards.new_empty((0,) if values is None else rewards.shape)
     if sequences > 0 and rewards.numel() > 0:
@@ -275,7 +296,8 @@ def forward(
                 *per_token, bootstrap_value, lam, offsets, first, second,
                 length, total, *map(row_stride, per_token), length,
                 *(x for number in numbers for x in number),
-                BREAKS=breaks, BLOCK=_BLOCK, num_warps=_WARPS, **OPTIONS,
+                BREAKS=breaks, BLOCK=_BLOCK if log_ratios is None else _STATES_BLOCK,
+                num_warps=_WARPS, maxnreg=_MAX_REGISTERS, **OPTIONS,
             )  # fmt: skip
     return first, second
 
@@ -294,6 +316,7 @@ def backward(
     require_tokens(grad_first, "grad_first", per_token)
     numbers, breaks = _numbers(options)
     sequences, length, total = _extent(grad_first, offsets)
+    _require_per_sequence(sequences, lam=lam)
     grad_rewards = grad_first.new_empty(grad_first.shape)
     grad_values = grad_first.new_empty((0,) if grad_second is None else grad_first.shape)
     grad_bootstrap = grad_first.new_empty((sequences,))
@@ -303,6 +326,7 @@ def backward(
                 *per_token, lam, offsets, grad_rewards, grad_values, grad_bootstrap,
                 length, total, *map(row_stride, per_token), length,
                 *(x for number in numbers[:2] for x in number),
-                BREAKS=breaks, BLOCK=_BLOCK, num_warps=_WARPS, **OPTIONS,
+                BREAKS=breaks, BLOCK=_STATES_BLOCK, num_warps=_WARPS,
+                maxnreg=_MAX_REGISTERS, **OPTIONS,
             )  # fmt: skip
     return grad_rewards, grad_values, grad_bootstrap
