@@ -237,11 +237,12 @@ POLICY_ABSENT = ("rollout_logprobs", "entropy", "token_weights", "entropy_mask",
 
 
 def built_policy(kernel, constants, architecture, **options):
-    from rlkern.triton import policy_loss as kernels
+    from rlkern.triton import _policy_sequence as kernels
+    from rlkern.triton.policy_loss import _scale_kernel
 
-    types = dict.fromkeys(kernels._POINTERS, "*fp32") | dict.fromkeys(kernels._INTEGERS, "i32")
+    types = dict.fromkeys(kernels.POINTERS, "*fp32") | dict.fromkeys(kernels.INTEGERS, "i32")
     types |= POLICY_TYPES
-    if kernel is kernels._scale_kernel:
+    if kernel is _scale_kernel:
         types |= dict.fromkeys(kernel.arg_names[:-2], "*fp32")
     return unspecialised(kernel, types, constants, architecture, **options)
 
@@ -255,7 +256,7 @@ def built_objective(objective, absent, one_advantage, architecture):
     constants |= dict.fromkeys(absent)
     constants |= {"ONE_ADVANTAGE": one_advantage, "BLOCK": kernels._BLOCK, "CHAIN": kernels._CHAIN}
     return built_policy(
-        kernels._sequence_kernel, constants, architecture,
+        kernels.sequence_kernel, constants, architecture,
         num_warps=kernels._WARPS, maxnreg=kernels._MAX_REGISTERS,
     )  # fmt: skip
 
@@ -303,7 +304,7 @@ def test_policy_loss_finish_and_scale(architecture, tmp_path):
     constants = {"AGGREGATION": 0, "SKIP_EMPTY": False, "KL": True, "BONUS": True}
     constants |= {"BONUS_SAME": False, "ROWS": kernels._ROWS, "num_sequences": None}
     warps = kernels._FINISH_WARPS
-    kernel = built_policy(kernels._finish_kernel, constants, architecture, num_warps=warps)
+    kernel = built_policy(kernels.finish_kernel, constants, architecture, num_warps=warps)
     check("policy finish", kernel, tmp_path)
     constants = {"BLOCK": kernels._SCALE_BLOCK}
     kernel = built_policy(kernels._scale_kernel, constants, architecture, num_warps=4)
