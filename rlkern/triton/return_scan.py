@@ -140,9 +140,9 @@ def _forward_kernel(
             next_value = tl.where(lane > first_lane, next_value.to(tl.float64), after_last)
         else:
             enters = counts
-            # The lane of the next counting token: -1 is the last of the block before, -2 none.
-            nearest = tl.associative_scan(tl.where(next_counts, lane - 1, -2), 0, _larger)
-            found = nearest > -2
+            # The lane of the next counting token; -1: in none of this block.
+            nearest = tl.associative_scan(tl.where(next_counts, lane - 1, -1), 0, _larger)
+            found = nearest >= 0
             next_value = tl.zeros([BLOCK], tl.float32)
             if values is not None:
                 next_value = floats(
