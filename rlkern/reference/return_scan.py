@@ -78,9 +78,7 @@ def return_scan(batch: ScanBatch, options: ScanOptions) -> tuple[Tensor, Tensor]
         next_value = values[:, t].where(enters, next_value)
         of_step.append(torch.stack([here, advantage]))
     if steps == 0:
-        return torch.zeros_like(rewards), rewards.new_zeros(
-            0 if batch.values is None else (rows, 0)
-        )
+        return rewards, rewards.new_zeros(0) if batch.values is None else values
     scanned, advantages = torch.stack(of_step[::-1], -1).where(counts, 0.0)
     if batch.values is None:
         return scanned, rewards.new_zeros(0)
