@@ -126,7 +126,7 @@ class Layout:
     def per_sequence_or_token(self, value: object, name: str) -> Tensor:
         """One float per sequence, [B], or per token; no gradient is computed."""
         if self._is_ready(value, self.dtype, (self.sequences,)):
-            return self._without_gradient(value, name)
+            return _checks.without_gradient(value, name)
         tensor = self._float(value, name)
         self._require(tensor, name, (torch.Size([self.sequences]), self.shape))
         return self._ready(_checks.without_gradient(tensor, name))
