@@ -21,8 +21,8 @@ HALF_BARE = "the same without metrics"
 SHAPE = {"tokens": 1024, "width": 1024, "vocab": 32768}
 QUICK_SHAPE = {"tokens": 64, "width": 32, "vocab": 512}
 LENGTH = 32
-# In the 2-norm. bf16 logits of a few units are rounded by 2^-9 of themselves in every contestant, so
-# a token in 300 falls on the other side of its clip bound: with its whole gradient, sqrt(1/300).
+# In the 2-norm. bf16 logits of a few units are rounded by 2^-9 of themselves in every contestant,
+# so a token in 300 falls on the other side of its clip bound: with its whole gradient, sqrt(1/300).
 TOLERANCE = 1e-1
 
 

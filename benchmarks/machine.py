@@ -53,7 +53,7 @@ def describe() -> dict[str, Any]:
     git = ("git", "-C", str(ROOT))
     changed = _output(*git, "status", "--porcelain", "--untracked-files=no")
     commit = _output(*git, "rev-parse", "--short=12", "HEAD")
-    packages = ("rlkern", "torch", "triton", "transformers", "trl")
+    packages = ("rlkern", "torch", "triton", "transformers", "trl", "scipy")
     return {
         "cpu": _cpu("model name") or platform.machine(),
         "megahertz": float(_cpu("cpu MHz") or 0),

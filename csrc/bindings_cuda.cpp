@@ -2,11 +2,19 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "cuda/group_advantages.h"
 #include "cuda/policy_loss.h"
+#include "cuda/return_scan.h"
 #include "cuda/token_logprobs.h"
 #include "cuda/value_loss.h"
+#include "cuda/whiten.h"
 
 STABLE_TORCH_LIBRARY_IMPL(rlkern, CUDA, m) {
+  m.impl("group_advantages", TORCH_BOX(&rlkern::group_advantages_cuda));
+  m.impl("masked_moments", TORCH_BOX(&rlkern::masked_moments_cuda));
+  m.impl("whiten", TORCH_BOX(&rlkern::whiten_cuda));
+  m.impl("return_scan", TORCH_BOX(&rlkern::return_scan_cuda));
+  m.impl("return_scan_bwd", TORCH_BOX(&rlkern::return_scan_bwd_cuda));
   m.impl("policy_loss", TORCH_BOX(&rlkern::policy_loss_cuda));
   m.impl("policy_loss_bwd", TORCH_BOX(&rlkern::policy_loss_bwd_cuda));
   m.impl("kl_penalty", TORCH_BOX(&rlkern::kl_penalty_cuda));

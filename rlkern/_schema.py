@@ -39,7 +39,8 @@ SCHEMAS = {
         f"{_TOKEN_LOGPROBS_SAVED}) -> ()"
     ),
     # -> loss [], metrics [sums, maxima] in float64, the gradients with respect to logprobs and
-    # entropy without the batch's denominators (or [0]), and one over these, [2].
+    # entropy (or [0]), and what each is still to be multiplied by, [2]: one over the batch's
+    # denominators on a GPU, where the kernel that counts them has not ended; 1 on the CPU.
     "policy_loss": (
         "(Tensor logprobs, Tensor advantages, Tensor? mask, Tensor? old_logprobs, "
         "Tensor? ref_logprobs, Tensor? rollout_logprobs, Tensor? entropy, Tensor? token_weights, "
@@ -59,8 +60,8 @@ SCHEMAS = {
         f"(Tensor logits, Tensor(a!) grad, {_TOKEN_LOGPROBS}, {_POLICY_TOKENS}, "
         "bool return_entropy) -> (Tensor, Tensor, Tensor)"
     ),
-    # -> loss [], metrics in float64, the gradient without the batch's denominator (or [0]), and
-    # what that is multiplied by, [1].
+    # -> loss [], metrics in float64, the gradient (or [0]), and what it is still to be multiplied
+    # by, [1].
     "value_loss": (
         "(Tensor values, Tensor returns, Tensor? mask, Tensor? old_values, Tensor? offsets, "
         "Tensor? normalizer, Tensor? num_sequences, float[] options, bool grad_values) "

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.registry import Contestant, GpuCase, register
+from benchmarks.gpu.contestants import usual, with_gradient
+from benchmarks.gpu.registry import GpuCase, register
 
 DAPO = "dapo, k3 KL, forward + backward"
 GSPO = "gspo, forward + backward"
@@ -25,26 +26,18 @@ def objective(task: str):
     return PolicyLoss.preset("gspo")
 
 
-def ours(task: str, backend: str):
-    def build():
-        import rlkern
-
+def ours(task: str):
+    def call(logprobs, advantages, old, ref, mask):
         loss = objective(task)
+        return loss(
+            logprobs,
+            advantages,
+            old_logprobs=old,
+            ref_logprobs=ref if loss.kl_coef else None,
+            mask=mask,
+        )
 
-        def call(logprobs, advantages, old, ref, mask):
-            # Named, so that a machine that lacks it says so, and nothing else is timed instead.
-            with rlkern.use_backend(backend):
-                return loss(
-                    logprobs,
-                    advantages,
-                    old_logprobs=old,
-                    ref_logprobs=ref if loss.kl_coef else None,
-                    mask=mask,
-                )
-
-        return call
-
-    return build
+    return call
 
 
 # ---- eager, as trainers write it ----------------------------------------------------------------
@@ -108,34 +101,6 @@ def common(d, m, low, high):
 EAGER = {DAPO: eager_dapo, GSPO: eager_gspo}
 
 
-def with_backward(build):
-    def build_both():
-        call = build()
-
-        def both(logprobs, *rest):
-            loss, metrics = call(logprobs, *rest)
-            (gradient,) = torch.autograd.grad(loss, logprobs)
-            return loss, gradient, metrics
-
-        return both
-
-    return build_both
-
-
-def of_task(task: str) -> tuple[Contestant, ...]:
-    eager = EAGER[task]
-    builds = {
-        "rlkern native": ours(task, "native"),
-        "rlkern triton": ours(task, "triton"),
-        "eager": lambda: eager,
-        "torch.compile": lambda: torch.compile(eager, dynamic=False),
-    }
-    return tuple(
-        Contestant(task, name, with_backward(build), dry=name != "torch.compile")
-        for name, build in builds.items()
-    )
-
-
 # ---- the case -----------------------------------------------------------------------------------
 
 
@@ -171,7 +136,11 @@ def small_call(device: str, backend: str, preset: str, packed: bool, sequences: 
 @register
 class PolicyLosses(GpuCase):
     operator = "policy_loss"
-    contestants = of_task(DAPO) + of_task(GSPO)
+    contestants = tuple(
+        contestant
+        for task in (DAPO, GSPO)
+        for contestant in usual(task, ours(task), EAGER[task], wrap=with_gradient)
+    )
 
     @staticmethod
     def small_calls(device: str) -> None:
@@ -223,7 +192,7 @@ class PolicyLosses(GpuCase):
         to 1e-7 absolute. A token at a bound may fall to either side of it: one in 64 x 4096 is
         2e-3 of the gradient's norm, 4e-6 of a clip fraction."""
         loss, gradient, metrics = outputs
-        wanted, exact, truth = with_backward(lambda: EAGER[task])()(*self.arguments(torch.float64))
+        wanted, exact, truth = with_gradient(EAGER[task])(*self.arguments(torch.float64))
         off = (gradient.double() - exact).norm() / exact.norm()
         found = {
             "loss": ((loss.double() - wanted).abs() / (1 + wanted.abs()), 1e-5),

@@ -90,53 +90,82 @@ RLKERN_INLINE GroupSummary group_summary(const GroupOptions& o, const GroupSums&
   g.mean_rise = s.rise / n;
   const double squares = s.rise_squared - s.rise * g.mean_rise;
   const double degrees = o.unbiased ? s.size - 1 : s.size;
-  g.deviation = square_root((squares > 0 ? squares : 0) / (degrees > 1 ? degrees : 1));
+  // Rounding may take it below 0; an infinite reward makes it NaN, which stays.
+  g.deviation = square_root((squares < 0 ? 0 : squares) / (degrees > 1 ? degrees : 1));
   g.weighted_rise = s.length > 0 ? s.length_rise / s.length : g.mean_rise;
   return g;
 }
 
-// Of a reward that is not NaN. `lead` is the best reward less the second best for the group's best
-// one, and 0 for all others.
-RLKERN_INLINE double group_advantage(const GroupOptions& o, const GroupSummary& group,
-                                     const GroupSummary& batch, double reward, double given,
-                                     double lead) {
+// Those of two parts of a group joined, about the first one's reward.
+RLKERN_INLINE GroupSums merged(const GroupSums& a, const GroupSums& b) {
+  if (a.size == 0) return b;
+  const double step = b.size > 0 ? b.shift - a.shift : 0;
+  return {a.size + b.size,
+          a.shift,
+          a.rise + b.rise + b.size * step,
+          a.rise_squared + b.rise_squared + (2 * b.rise + b.size * step) * step,
+          a.length + b.length,
+          a.length_rise + b.length_rise + b.length * step};
+}
+
+// An advantage is (x - centre) * factor of every x in the group, and 0 where the factor is: of
+// the reward itself, less `given`, or of its lead (group_subject).
+struct GroupForm {
+  double centre;
+  double factor;
+
+  RLKERN_HD double advantage(double x) const { return factor == 0 ? 0 : (x - centre) * factor; }
+};
+
+RLKERN_INLINE GroupForm group_form(const GroupOptions& o, const GroupSummary& group,
+                                   const GroupSummary& batch) {
   const bool one = group.size == 1, one_in_batch = batch.size == 1;
-  if (!o.raw && ((o.uses_group() && one) || (o.uses_batch() && one_in_batch))) return 0;
-  const double rise = reward - group.shift;
-  double difference = reward;
+  if (!o.raw && ((o.uses_group() && one) || (o.uses_batch() && one_in_batch))) return {0, 0};
+  GroupForm form = {0, 1};
   switch (o.baseline) {
     case GroupBaseline::kMean:
-      if (!one) difference = rise - group.mean_rise;
+      if (!one) form.centre = group.shift + group.mean_rise;
       break;
     case GroupBaseline::kLeaveOneOut:
-      if (!one) difference = (rise - group.mean_rise) * (group.size / (group.size - 1));
+      // s - (sum - s) / (n - 1) = (s - mean) n / (n - 1)
+      if (!one) form = {group.shift + group.mean_rise, group.size / (group.size - 1)};
       break;
     case GroupBaseline::kLengthWeighted:
-      if (!one) difference = rise - group.weighted_rise;
-      break;
-    case GroupBaseline::kPassAtK:
-      if (!one) difference = lead;
+      if (!one) form.centre = group.shift + group.weighted_rise;
       break;
     case GroupBaseline::kBatchMean:
-      if (!one_in_batch) difference = reward - batch.shift - batch.mean_rise;
+      if (!one_in_batch) form.centre = batch.shift + batch.mean_rise;
       break;
-    case GroupBaseline::kGiven:
-      difference = reward - given;
-      break;
-    case GroupBaseline::kNone:
+    default:
       break;
   }
-  if (o.scale == GroupScale::kNone) return difference;
+  if (o.scale == GroupScale::kNone) return form;
   if (o.scale == GroupScale::kMean) {
     const double mean = one ? 1 : group.shift + group.mean_rise;
-    return mean > 0 ? difference / (mean + o.eps) : 0;
+    form.factor = mean > 0 ? form.factor / (mean + o.eps) : 0;
+    return form;
   }
   const bool over_group = o.scale == GroupScale::kStd;
   const bool single = over_group ? one : one_in_batch;
   const double deviation = single ? 1 : (over_group ? group.deviation : batch.deviation);
   // Equal rewards have no direction, whatever they are compared with.
-  if (o.baseline != GroupBaseline::kNone && !(deviation > 0)) return 0;
-  return difference / (deviation + o.eps);
+  const bool flat = o.baseline != GroupBaseline::kNone && !(deviation > 0);
+  form.factor = flat ? 0 : form.factor / (deviation + o.eps);
+  return form;
+}
+
+// `lead` is the best reward less the second best for the group's best one, and 0 for all others.
+RLKERN_INLINE double group_subject(const GroupOptions& o, const GroupSummary& group, double reward,
+                                   double given, double lead) {
+  if (o.baseline == GroupBaseline::kGiven) return reward - given;
+  return o.baseline == GroupBaseline::kPassAtK && group.size != 1 ? lead : reward;
+}
+
+// Of a reward that is not NaN.
+RLKERN_INLINE double group_advantage(const GroupOptions& o, const GroupSummary& group,
+                                     const GroupSummary& batch, double reward, double given,
+                                     double lead) {
+  return group_form(o, group, batch).advantage(group_subject(o, group, reward, given, lead));
 }
 
 }  // namespace rlkern

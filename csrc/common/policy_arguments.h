@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "new_tensor.h"
 #include "policy_rows.h"
 #include "policy_totals.h"
 #include "sequence_view.h"
@@ -36,7 +37,7 @@ inline PolicyOutputs new_policy_outputs(const PolicyTensors& t, bool grad_logpro
   const std::vector<int64_t> sizes(t.logprobs.sizes().begin(), t.logprobs.sizes().end());
   const std::vector<int64_t> none{0};
   const auto empty = [&](const std::vector<int64_t>& shape, ScalarType dtype) {
-    return torch::stable::new_empty(t.logprobs, shape, dtype);
+    return new_tensor(t.logprobs, shape, dtype);
   };
   return {empty({}, ScalarType::Float), empty({kPolicyMetrics}, ScalarType::Double),
           empty(grad_logprobs ? sizes : none, ScalarType::Float),

@@ -30,13 +30,9 @@ struct PolicySequence {
   const float* entropy;
   const float* token_weights;
   const unsigned char* entropy_mask;
-  float* grad_logprobs;  // without the batch's denominators
+  float* grad_logprobs;  // on a GPU without the batch's denominators
   float* grad_entropy;
 };
-
-RLKERN_INLINE const unsigned char* flag_bytes(const bool* flags) {
-  return reinterpret_cast<const unsigned char*>(flags);
-}
 
 RLKERN_INLINE PolicySequence policy_sequence(const PolicyRows& rows, int64_t i) {
   const SequenceSpan at = rows.grid.span(i);

@@ -71,6 +71,16 @@ RLKERN_INLINE PairMap token_map(const ReturnOptions& o, double lam, const Return
   return {t.value, 0, rho * (t.reward - t.value), rho * gamma, gamma * lam * c};
 }
 
+// That map applied, for who walks token by token: without the product of V_{t+1} and 0, which an
+// infinite V_{t+1} would make a NaN in V_t.
+RLKERN_INLINE Pair before_token(const ReturnOptions& o, double lam, const ReturnToken& t,
+                                const Pair& next) {
+  const double ratio = t.log_ratio == 0 ? 1 : rl_exp(t.log_ratio);
+  const double rho = at_most(ratio, o.rho_bar), c = at_most(ratio, o.c_bar);
+  const double gamma = t.done ? 0 : o.gamma;
+  return {t.value, rho * (t.reward + gamma * next.u - t.value) + gamma * lam * c * next.w};
+}
+
 // Of a masked token that comes before a counting one.
 RLKERN_INLINE PairMap masked_map(const ReturnOptions& o, double lam) {
   return o.breaks ? token_map(o, lam, {0, 0, 0, false}) : identity_map();

@@ -53,4 +53,9 @@ struct TokenRows {
   RLKERN_HD T* row(const SequenceGrid& grid, int64_t i) const { return row(i, grid.span(i)); }
 };
 
+// Flags as the leaf loops take them.
+RLKERN_INLINE const unsigned char* flag_bytes(const bool* flags) {
+  return reinterpret_cast<const unsigned char*>(flags);
+}
+
 }  // namespace rlkern

@@ -7,6 +7,8 @@
 #include <optional>
 #include <vector>
 
+#include "flat_values.h"
+#include "new_tensor.h"
 #include "sequence_view.h"
 #include "value_loss.h"
 
@@ -28,7 +30,7 @@ inline ValueOptions checked_value_options(const std::vector<double>& options, bo
 inline ValueOutputs new_value_outputs(const Tensor& values, bool grad_values) {
   const std::vector<int64_t> sizes(values.sizes().begin(), values.sizes().end());
   const auto empty = [&](const std::vector<int64_t>& shape, ScalarType dtype) {
-    return torch::stable::new_empty(values, shape, dtype);
+    return new_tensor(values, shape, dtype);
   };
   return {empty({}, ScalarType::Float), empty({kValueSums}, ScalarType::Double),
           empty(grad_values ? sizes : std::vector<int64_t>{0}, ScalarType::Float),
@@ -44,16 +46,6 @@ struct KlArguments {
   const bool* mask;  // null where not given
 };
 
-// A contiguous tensor in the size and on the device of another.
-template <typename T>
-const T* flat_values(const Tensor& tensor, const Tensor& like, ScalarType dtype, const char* name) {
-  check(tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() == like.numel(),
-        name, ": expected a contiguous tensor of ", like.numel(), " values");
-  check(tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(),
-        name, ": expected the device of logprobs");
-  return static_cast<const T*>(tensor.data_ptr());
-}
-
 inline KlArguments kl_arguments(const Tensor& logprobs, const Tensor& ref_logprobs,
                                 const std::optional<Tensor>& mask, int64_t estimator,
                                 int64_t clamp) {
@@ -61,13 +53,12 @@ inline KlArguments kl_arguments(const Tensor& logprobs, const Tensor& ref_logpro
         "estimator: unknown number ", estimator);
   check(clamp >= 0 && clamp <= static_cast<int64_t>(KlClamp::kOpenRlhf), "clamp: unknown number ",
         clamp);
-  return {
-      static_cast<KlEstimator>(estimator),
-      static_cast<KlClamp>(clamp),
-      logprobs.numel(),
-      flat_values<float>(logprobs, logprobs, ScalarType::Float, "logprobs"),
-      flat_values<float>(ref_logprobs, logprobs, ScalarType::Float, "ref_logprobs"),
-      mask.has_value() ? flat_values<bool>(*mask, logprobs, ScalarType::Bool, "mask") : nullptr};
+  return {static_cast<KlEstimator>(estimator),
+          static_cast<KlClamp>(clamp),
+          logprobs.numel(),
+          flat_values<float>(logprobs, logprobs, ScalarType::Float, "logprobs"),
+          flat_values<float>(ref_logprobs, logprobs, ScalarType::Float, "ref_logprobs"),
+          flat_values<bool>(mask, logprobs.numel(), logprobs, ScalarType::Bool, "mask")};
 }
 
 }  // namespace rlkern

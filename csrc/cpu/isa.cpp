@@ -66,7 +66,13 @@ const RowKernels& row_kernels() { RLKERN_PICK(rlkern_row_kernels) }
 
 const TokenKernels& token_kernels() { RLKERN_PICK(rlkern_token_kernels) }
 
+const ReturnKernels& return_kernels() { RLKERN_PICK(rlkern_return_kernels) }
+
 const ValueKernels& value_kernels() { RLKERN_PICK(rlkern_value_kernels) }
+
+const GroupKernels& group_kernels() { RLKERN_PICK(rlkern_group_kernels) }
+
+const WhitenKernels& whiten_kernels() { RLKERN_PICK(rlkern_whiten_kernels) }
 
 }  // namespace rlkern
 

@@ -2,7 +2,6 @@
 
 #include "value_loss.h"
 
-#include "../common/policy_rows.h"
 #include "../common/value_arguments.h"
 #include "isa.h"
 #include "sequence_runs.h"

@@ -34,6 +34,26 @@ RLKERN_INLINE uint32_t float_to_bits(float x) {
 #endif
 }
 
+RLKERN_INLINE double bits_to_double(uint64_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __longlong_as_double(static_cast<long long>(bits));
+#else
+  double x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+#endif
+}
+
+RLKERN_INLINE uint64_t double_to_bits(double x) {
+#if defined(__CUDA_ARCH__)
+  return static_cast<uint64_t>(__double_as_longlong(x));
+#else
+  uint64_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+#endif
+}
+
 // ---- memory -----------------------------------------------------------------------------------
 
 // Memory that no thread writes during the kernel. Read once: it need not stay in the first-level
@@ -60,6 +80,16 @@ RLKERN_INLINE Pack load_pack(const void* aligned) {
   memcpy(&p, aligned, sizeof p);
 #endif
   return p;
+}
+
+RLKERN_INLINE uint32_t load_word(const void* aligned) {
+#if defined(__CUDA_ARCH__)
+  return *static_cast<const uint32_t*>(aligned);
+#else
+  uint32_t word;
+  memcpy(&word, aligned, sizeof word);
+  return word;
+#endif
 }
 
 RLKERN_INLINE void store_pack(void* aligned, const Pack& p) {

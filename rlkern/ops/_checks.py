@@ -54,13 +54,28 @@ def require_logits(
 
 def refuse_tangent(tensor: Tensor, name: str) -> None:
     """Forward-mode AD would drop the tangent and give a derivative of 0 in silence."""
-    if torch.compiler.is_compiling():
+    # Without an open level there are no tangents, which is soon said.
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return
     if forward_ad.unpack_dual(tensor).tangent is not None:
         raise RuntimeError(
             f"{name}: expected a tensor without a forward-mode tangent: rlkern's operators are "
             "differentiated backwards only (Tensor.backward, torch.autograd.grad)"
         )
+
+
+def is_plain(value: object) -> bool:
+    """A dense tensor that nobody differentiates: require_tensor and without_gradient would pass it.
+
+    Each of them is soon called, but not with its code out of the cache, where a training step finds
+    it.
+    """
+    return (
+        type(value) is Tensor
+        and value.layout is torch.strided
+        and not value.requires_grad
+        and forward_ad._current_level < 0
+    )
 
 
 def without_gradient(tensor: Tensor, name: str) -> Tensor:

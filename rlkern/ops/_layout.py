@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
 
@@ -54,6 +56,7 @@ class Layout:
             self.sequences = shape[0]
         else:
             self.sequences = self.offsets.shape[0] - 1
+        self.values = self._ready(tensor)
 
     def _ready(self, tensor: Tensor) -> Tensor:
         """In the dtype of the computation, consecutive in memory along a sequence."""
@@ -106,13 +109,15 @@ class Layout:
                 )
         return offsets.long().contiguous()
 
-    def _is_ready(self, value: object, dtype: torch.dtype) -> bool:
+    def _is_ready(
+        self, value: object, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> TypeGuard[Tensor]:
         """What most calls give is right as it is, which is seen in few steps."""
         return (
             type(value) is Tensor
-            and value.dtype == dtype
-            and value.layout == torch.strided
-            and value.shape == self.shape
+            and value.dtype is dtype
+            and value.layout is torch.strided
+            and value.shape == shape
             and value.device == self.device
             and value.is_contiguous()
         )
@@ -121,8 +126,8 @@ class Layout:
         """One float per token, or None."""
         if value is None:
             return None
-        if self._is_ready(value, self.dtype):
-            return value  # type: ignore[return-value]
+        if self._is_ready(value, self.dtype, self.shape):
+            return value
         tensor = self._float(value, name)
         self._require(tensor, name, (self.shape,))
         return self._ready(tensor)
@@ -134,6 +139,8 @@ class Layout:
 
     def per_sequence_or_token(self, value: object, name: str) -> Tensor:
         """One float per sequence, [B], or per token; no gradient is computed."""
+        if self._is_ready(value, self.dtype, (self.sequences,)):
+            return _checks.without_gradient(value, name)
         tensor = self._float(value, name)
         self._require(tensor, name, (torch.Size([self.sequences]), self.shape))
         return self._ready(_checks.without_gradient(tensor, name))
@@ -150,8 +157,8 @@ class Layout:
         """One bool per token, or None."""
         if value is None:
             return None
-        if self._is_ready(value, torch.bool):
-            return value  # type: ignore[return-value]
+        if self._is_ready(value, torch.bool, self.shape):
+            return value
         flags = _checks.require_tensor(value, name)
         if flags.is_floating_point() or flags.is_complex():
             raise TypeError(f"{name}: expected bool or an integer type, got {flags.dtype}")

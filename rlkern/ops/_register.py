@@ -9,16 +9,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlkern._schema import COMPOSITES, LIBRARY, backends, operator_name
+from rlkern._schema import COMPOSITES, LIBRARY, SCHEMAS, backends, operator_name
 
 # torch's own, which other releases may name otherwise: without them everything works, slower.
 _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
-_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+try:
+    _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
+    _transforms_are_active = torch._C._are_functorch_transforms_active
+    _is_batched = torch._C._functorch.is_legacy_batchedtensor
+    _dispatch_modes = torch._C._len_torch_dispatch_stack
+except AttributeError:  # then nobody knows whether a gradient may be given away
+
+    def _graph_is_kept() -> bool:
+        return True
+
+
+_overloads = {
+    (op, backend): getattr(torch.ops.rlkern, operator_name(op, backend)).default
+    for op in SCHEMAS
+    for backend in backends(op)
+}
 
 
 def overload(op: str, backend: str) -> Callable[..., Any]:
     """``torch.ops.rlkern.<op of that backend>``."""
-    return getattr(torch.ops.rlkern, operator_name(op, backend)).default
+    return _overloads[op, backend]
+
+
+def constant(op: str, backend: str, *args: Any) -> Any:
+    """Calls an operator of which the inputs need no gradient, as the caller has checked.
+
+    Past the autograd layer, which is Python and takes longer than a small kernel.
+    """
+    function = _overloads[op, backend]
+    with nullcontext() if torch.compiler.is_compiling() else _below_autograd():
+        return function(*args)
 
 
 def register_python(op: str, backend: str, function: Callable[..., Any]) -> None:
@@ -46,13 +71,14 @@ def differentiable(
     setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., tuple[Tensor | None, ...]],
 ) -> Callable[[str, tuple[Any, ...], bool], tuple[Tensor, ...]]:
-    """Registers the derivative of an operator, the same for all its backends.
+    """Registers the derivative of an operator, the same for all its backends: of its first result.
 
     Args:
         op: the operator.
         inputs: the places of the arguments that have a gradient.
         outputs: how many of the results callers see.
-        setup_context: (ctx, arguments, results), as for torch.library.register_autograd.
+        setup_context: (ctx, arguments, results), as for torch.library.register_autograd, but that
+            the other results are marked as not differentiable.
         backward: (ctx, backend, *upstream gradients) -> a gradient for each of `inputs`.
 
     Returns:
@@ -70,6 +96,8 @@ def differentiable(
 
         def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.arguments = len(inputs)
+            if isinstance(output, tuple):
+                ctx.mark_non_differentiable(*output[1:])
             setup_context(ctx, inputs, output)
 
         torch.library.register_autograd(
@@ -84,6 +112,7 @@ def differentiable(
         with _below_autograd():
             output = run(backend, args)
         ctx.backend = backend
+        ctx.mark_non_differentiable(*output[1:outputs])
         setup_context(ctx, args, output)
         return output[:outputs]
 
@@ -122,8 +151,9 @@ def is_final(backend: str, grad_loss: Tensor) -> bool:
         and grad_loss.device.type == "cpu"
         and not _graph_is_kept()
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not _transforms_are_active()
+        and not _is_batched(grad_loss)
+        and _dispatch_modes() == 0
         and grad_loss.item() == 1.0
     )
 

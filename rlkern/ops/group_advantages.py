@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -94,43 +95,29 @@ def group_advantages(
     """
     tensor = _checked_rewards(rewards)
     size, ids = _checked_groups(tensor, group_size, group_ids)
-    _checks.one_of(baseline, BASELINES, "baseline")
-    _checks.one_of(scale, SCALES, "scale")
-    _checks.one_of(singleton, SINGLETONS, "singleton")
-    _checks.one_of(batch, BATCHES, "batch")
-    if not isinstance(unbiased, bool):
-        raise TypeError(f"unbiased: expected a bool, got {unbiased!r}")
-    eps = _checks.number(eps, "eps", minimum=0.0)
     several = tensor.dim() == 2
+    options, numbers = _options(baseline, scale, unbiased, eps, singleton, batch, several)
+    if tensor.dtype not in (torch.float32, torch.float64):
+        tensor = tensor.float()
+    if lengths is not None or baseline == "length_weighted":
+        lengths = _checked_lengths(lengths, baseline, tensor)
+    if baseline_rewards is not None or baseline == "given":
+        baseline_rewards = _checked_baseline_rewards(baseline_rewards, baseline, tensor)
+    if reward_weights is not None:
+        reward_weights = _checked_weights(reward_weights, tensor)
     tokens = several and batch == "tokens"
-    _check_unused(scale, unbiased, eps, several, tokens)
-    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    wide = tensor.to(dtype)
-    given = GroupBatch(
-        (wide if several else wide[:, None]).contiguous(),
-        size,
-        ids,
-        _checked_lengths(lengths, baseline, wide),
-        _checked_baseline_rewards(baseline_rewards, baseline, wide),
-        _checked_weights(reward_weights, several, wide),
-    )
-    if mask is not None and not tokens:
-        raise ValueError(
-            "mask: expected None, since only batch 'tokens' with rewards [N, K] uses it"
-        )
-    if tokens:
-        if mask is None:
-            raise ValueError("mask: expected a tensor, since batch is 'tokens', got None")
-        _checks.require_tensor(mask, "mask")
-        if mask.dim() != 2 or mask.shape[0] != tensor.shape[0]:
-            raise ValueError(f"mask: expected shape [{tensor.shape[0]}, T], got {list(mask.shape)}")
-        if mask.is_floating_point() or mask.is_complex():
-            raise TypeError(f"mask: expected bool or an integer type, got {mask.dtype}")
-        _require_device(mask, "mask", tensor)
-    options = GroupOptions(
-        baseline, scale, unbiased, eps, singleton, several, several and not tokens
-    )
-    advantages = _advantages(given, options)
+    if tokens or mask is not None:
+        mask = _checked_mask(mask, tokens, tensor)
+    columns = tensor if several else tensor.unsqueeze(1)
+    if not columns.is_contiguous():
+        columns = columns.contiguous()
+    given = (columns, size, ids, lengths, baseline_rewards, reward_weights)
+
+    backend = _backend.choose("group_advantages", columns.device.type, columns.dtype)
+    if backend == "eager":
+        advantages = reference.group_advantages(GroupBatch(*given), options)
+    else:
+        advantages = _register.constant("group_advantages", backend, *given, numbers)
     if not tokens:
         return advantages
     assert mask is not None
@@ -139,27 +126,20 @@ def group_advantages(
     return whiten(advantages[:, None].expand(mask.shape), counts, unbiased=unbiased)
 
 
-def _advantages(given: GroupBatch, options: GroupOptions) -> Tensor:
-    rewards = given.rewards
-    backend = _backend.choose("group_advantages", rewards.device.type, rewards.dtype)
-    if backend == "eager":
-        return reference.group_advantages(given, options)
-    return _register.overload("group_advantages", backend)(*given, options.numbers())
-
-
-def _checked_rewards(value: object) -> Tensor:
-    tensor = _checks.require_tensor(value, "rewards")
+def _checked_rewards(value: Any) -> Tensor:
+    plain = _checks.is_plain(value)
+    tensor = value if plain else _checks.require_tensor(value, "rewards")
     if tensor.dtype not in _checks.LOGIT_DTYPES:
         raise TypeError(
             f"rewards: expected float32, bfloat16, float16 or float64, got {tensor.dtype}"
         )
     if tensor.dim() not in (1, 2) or (tensor.dim() == 2 and tensor.shape[1] == 0):
         raise ValueError(f"rewards: expected shape [N] or [N, K], got {list(tensor.shape)}")
-    return _checks.without_gradient(tensor, "rewards")
+    return tensor if plain else _checks.without_gradient(tensor, "rewards")
 
 
 def _checked_groups(
-    rewards: Tensor, group_size: object, group_ids: object
+    rewards: Tensor, group_size: object, group_ids: Any
 ) -> tuple[int, Tensor | None]:
     if (group_size is None) == (group_ids is None):
         raise ValueError(
@@ -176,18 +156,38 @@ def _checked_groups(
                 f"got {group_size}"
             )
         return group_size, None
-    ids = _checks.require_tensor(group_ids, "group_ids")
+    ids = (
+        group_ids if _checks.is_plain(group_ids) else _checks.require_tensor(group_ids, "group_ids")
+    )
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"group_ids: expected int32 or int64, got {ids.dtype}")
     if ids.shape != (count,):
         raise ValueError(f"group_ids: expected shape [{count}] (rewards'), got {list(ids.shape)}")
     _require_device(ids, "group_ids", rewards)
-    return 0, ids.long().contiguous()
+    if ids.dtype != torch.int64:
+        ids = ids.long()
+    return 0, ids if ids.is_contiguous() else ids.contiguous()
 
 
-def _check_unused(scale: str, unbiased: bool, eps: float, several: bool, tokens: bool) -> None:
-    """Refuses what would have no effect."""
-    # The sum of several rewards is divided by a standard deviation whatever the columns are.
+def _checked_options(
+    baseline: str,
+    scale: str,
+    unbiased: bool,
+    eps: float,
+    singleton: str,
+    batch: str,
+    several: bool,
+) -> tuple[GroupOptions, list[float]]:
+    _checks.one_of(baseline, BASELINES, "baseline")
+    _checks.one_of(scale, SCALES, "scale")
+    _checks.one_of(singleton, SINGLETONS, "singleton")
+    _checks.one_of(batch, BATCHES, "batch")
+    if not isinstance(unbiased, bool):
+        raise TypeError(f"unbiased: expected a bool, got {unbiased!r}")
+    eps = _checks.number(eps, "eps", minimum=0.0)
+    tokens = several and batch == "tokens"
+    # What would have no effect is refused. The sum of several rewards is divided by a standard
+    # deviation whatever the columns are.
     if not unbiased and scale not in ("std", "batch_std") and not several:
         raise ValueError(
             f"unbiased: expected its default with scale {scale!r}, which is no standard deviation, "
@@ -195,6 +195,24 @@ def _check_unused(scale: str, unbiased: bool, eps: float, several: bool, tokens:
         )
     if eps != _EPS and scale == "none" and (not several or tokens):
         raise ValueError(f"eps: expected its default with scale 'none', got {eps}")
+    normalized = several and not tokens
+    options = GroupOptions(baseline, scale, unbiased, eps, singleton, several, normalized)
+    return options, options.numbers()
+
+
+# By type too: 1 is equal to True, and refused for it.
+_remembered_options = functools.lru_cache(maxsize=64, typed=True)(_checked_options)
+
+
+def _options(*named: Any) -> tuple[GroupOptions, list[float]]:
+    """The checked options, remembered: looking at all of them again costs as much as a kernel."""
+    if torch.compiler.is_compiling():
+        return _checked_options(*named)
+    try:
+        return _remembered_options(*named)
+    except TypeError:  # of a wrong type, or one that cannot be remembered
+        pass
+    return _checked_options(*named)
 
 
 def _checked_lengths(value: object, baseline: str, rewards: Tensor) -> Tensor | None:
@@ -241,11 +259,9 @@ def _checked_baseline_rewards(value: object, baseline: str, rewards: Tensor) -> 
     return (given if given.dim() == 2 else given[:, None]).contiguous()
 
 
-def _checked_weights(value: object, several: bool, rewards: Tensor) -> Tensor | None:
+def _checked_weights(value: object, rewards: Tensor) -> Tensor:
     name = "reward_weights"
-    if value is None:
-        return None
-    if not several:
+    if rewards.dim() == 1:
         raise ValueError(f"{name}: expected None, since rewards are [N], one per completion")
     count = rewards.shape[1]
     if not isinstance(value, Tensor):
@@ -260,6 +276,22 @@ def _checked_weights(value: object, several: bool, rewards: Tensor) -> Tensor | 
         raise TypeError(f"{name}: expected a floating-point tensor, got {weights.dtype}")
     _require_device(weights, name, rewards)
     return _checks.without_gradient(weights, name).to(rewards.dtype).contiguous()
+
+
+def _checked_mask(value: object, used: bool, rewards: Tensor) -> Tensor:
+    if not used:
+        raise ValueError(
+            "mask: expected None, since only batch 'tokens' with rewards [N, K] uses it"
+        )
+    if value is None:
+        raise ValueError("mask: expected a tensor, since batch is 'tokens', got None")
+    mask = _checks.require_tensor(value, "mask")
+    if mask.dim() != 2 or mask.shape[0] != rewards.shape[0]:
+        raise ValueError(f"mask: expected shape [{rewards.shape[0]}, T], got {list(mask.shape)}")
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"mask: expected bool or an integer type, got {mask.dtype}")
+    _require_device(mask, "mask", rewards)
+    return mask
 
 
 def _require_device(tensor: Tensor, name: str, rewards: Tensor) -> None:

@@ -108,9 +108,7 @@ def numbers(loss: Any) -> list[float]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, metrics, grad_logprobs, grad_entropy, scale = output
-    ctx.mark_non_differentiable(metrics, grad_logprobs, grad_entropy, scale)
-    ctx.save_for_backward(grad_logprobs, grad_entropy, scale)
+    ctx.save_for_backward(*output[2:])
     ctx.has_gradient = inputs[-2:]
 
 

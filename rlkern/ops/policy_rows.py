@@ -29,12 +29,13 @@ class RowArguments(NamedTuple):
     softcap: float | None
 
     def flat(self) -> RowArguments:
-        ids, mask, per_token, *numbers = self
+        mask, per_token = self.mask, self.token_temperature
         return RowArguments(
-            ids.reshape(-1),
+            self.token_ids.reshape(-1),
             None if mask is None else mask.reshape(-1),
             None if per_token is None else per_token.reshape(-1),
-            *numbers,
+            self.temperature,
+            self.softcap,
         )
 
 
@@ -53,8 +54,8 @@ class TokenArguments(NamedTuple):
     def changed(self, change: Callable[[Tensor], Tensor]) -> TokenArguments:
         """With every tensor replaced."""
         *tensors, options = self
-        changed: list[Any] = [x if x is None else change(x) for x in tensors]
-        return TokenArguments(*changed, options)
+        changed: Any = [x if x is None else change(x) for x in tensors]
+        return TokenArguments(*changed, options)  # type: ignore[call-arg]
 
 
 def is_separable(loss: Any) -> bool:

@@ -49,9 +49,7 @@ def value_loss(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, metrics, grad_values, scale = output
-    ctx.mark_non_differentiable(metrics, grad_values, scale)
-    ctx.save_for_backward(grad_values, scale)
+    ctx.save_for_backward(*output[2:])
 
 
 def _backward(ctx: Any, backend: str, grad_loss: Tensor, *_: Any) -> tuple[Tensor]:

@@ -73,7 +73,7 @@ def whiten(
     if backend == "eager":
         moments = reference.masked_moments(tensor, counts)
     else:
-        moments = _register.overload("masked_moments", backend)(tensor, counts)
+        moments = _register.constant("masked_moments", backend, tensor, counts)
     if group is not None:
         moments = _merged(moments, group)
     if scale and unbiased and _checks.values_are_checked(moments) and moments[0] < 2:
@@ -83,7 +83,7 @@ def whiten(
         )
     if backend == "eager":
         return reference.whiten(tensor, counts, moments, options)
-    return _register.overload("whiten", backend)(tensor, counts, moments, options.numbers())
+    return _register.constant("whiten", backend, tensor, counts, moments, options.numbers())
 
 
 def _checked_mask(mask: object, x: Tensor) -> Tensor | None:

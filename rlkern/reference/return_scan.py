@@ -48,7 +48,7 @@ def return_scan(batch: ScanBatch, options: ScanOptions) -> tuple[Tensor, Tensor]
     if batch.offsets is not None:
         places, padded = _padded(batch)
         first, second = return_scan(padded, options)
-        return first[places], second[places] if second.numel() else second
+        return first[places], second if batch.values is None else second[places]
 
     rewards = batch.rewards
     rows, steps = rewards.shape
@@ -78,9 +78,7 @@ def return_scan(batch: ScanBatch, options: ScanOptions) -> tuple[Tensor, Tensor]
         next_value = values[:, t].where(enters, next_value)
         of_step.append(torch.stack([here, advantage]))
     if steps == 0:
-        return torch.zeros_like(rewards), rewards.new_zeros(
-            0 if batch.values is None else (rows, 0)
-        )
+        return rewards, rewards.new_zeros(0) if batch.values is None else values
     scanned, advantages = torch.stack(of_step[::-1], -1).where(counts, 0.0)
     if batch.values is None:
         return scanned, rewards.new_zeros(0)

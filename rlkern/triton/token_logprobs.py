@@ -30,6 +30,7 @@ from rlkern.triton._math import (
     softcap_derivative,
     softcapped,
 )
+from rlkern.triton._tokens import OPTIONS
 
 # Columns of a row that one program handles: 64 KiB of bf16, enough to hide a program's start.
 _SEGMENT = 32768
@@ -46,10 +47,6 @@ _STEPS_CAPPED = 2
 # lane states to keep, without which Triton 3.8 puts some on the stack for sm_100.
 _TILE_CAPPED_FP32 = (512, 4)
 _BACKWARD_BLOCK_CAPPED = 2048
-# Without it the compiler may contract products and sums differently in each specialisation of a
-# kernel (stride, alignment), and a row's result would depend on where it lies in memory. Where a
-# fused product is wanted the kernels say tl.fma.
-_OPTIONS = {"enable_fp_fusion": False}
 
 
 def _tile(fp32, capped):
@@ -420,11 +417,11 @@ def forward(
     with torch.cuda.device_of(logits):
         lanes, steps = _tile(logits.dtype == torch.float32, softcap is not None)
         _segment_kernel[(rows.rows * rows.segments,)](
-            *args, SEGMENT=_SEGMENT, LANES=lanes, STEPS=steps, num_warps=4, **_OPTIONS
+            *args, SEGMENT=_SEGMENT, LANES=lanes, STEPS=steps, num_warps=4, **OPTIONS
         )
         if partial is not None:
             power = triton.next_power_of_2(rows.segments)
-            _merge_kernel[(rows.rows,)](*args, SEGMENTS=power, num_warps=1, **_OPTIONS)
+            _merge_kernel[(rows.rows,)](*args, SEGMENTS=power, num_warps=1, **OPTIONS)
     return logprobs, entropy, state
 
 
@@ -457,7 +454,7 @@ def _launch_backward(
             logits, token_ids, mask, token_temperature, 1.0 / temperature, softcap,
             logprobs.contiguous(), entropy.contiguous(), state.contiguous(), grad,
             rows.vocab, rows.segments, rows.inner, *rows.strides, *upstream,
-            SEGMENT=_SEGMENT, BLOCK=block, num_warps=4, **_OPTIONS,
+            SEGMENT=_SEGMENT, BLOCK=block, num_warps=4, **OPTIONS,
         )  # fmt: skip
 
 

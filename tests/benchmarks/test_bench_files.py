@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.bench_advantages import SCAN_QUICK_SHAPE, ReturnScans, build_loop
 from benchmarks.bench_token_logprobs import BACKWARD, FORWARD, QUICK_SHAPE, TokenLogprobs, eager
 
 HERE = Path(__file__).parent
@@ -70,6 +71,30 @@ def test_quick_token_logprobs(tmp_path):
         info = one["extra_info"]
         assert one["stats"]["median"] == pytest.approx(info["seconds"]["median"])
         assert info["errors"] and "extra_share" in info and "ceilings" in info
+
+
+def test_quick_return_scan():
+    run = run_pytest(ROOT / "benchmarks" / "bench_advantages.py", "--quick", "-k", "return_scan")
+    assert run.returncode == 0, run.stdout + run.stderr
+    for task in ReturnScans.bounds:
+        table = rows(run.stdout, task)
+        assert list(table) == [c.name for c in ReturnScans.contestants if c.task == task]
+        assert float(table["PyTorch loop"]["x PyTorch loop"]) == 1
+
+
+class TestReturnScanErrors:
+    @pytest.mark.parametrize("task", list(ReturnScans.bounds))
+    def test_each_result_is_looked_at(self, task):
+        case = ReturnScans(**SCAN_QUICK_SHAPE)
+        right = build_loop(task)(*case.prepare(task))
+        assert max(case.errors(task, right).values()) < case.tolerance
+        for i in range(len(right)):
+            wrong = [x.clone() for x in right]
+            wrong[i][1, 7] += 1
+            assert max(case.errors(task, wrong).values()) > 100 * case.tolerance
+            wrong[i][1, 7] = torch.nan
+            errors = case.errors(task, wrong).values()
+            assert not all(error <= case.tolerance for error in errors)
 
 
 @pytest.mark.parametrize("strict", [False, True])

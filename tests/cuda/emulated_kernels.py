@@ -75,9 +75,9 @@ def build(module_name: str = "_emulated", source: str = "emulated.cpp") -> Modul
         flags += [f"-fsanitize={SANITIZER}", "-fno-omit-frame-pointer"]
     if SANITIZER == "address":
         flags += ["-fsanitize=undefined", "-fno-sanitize-recover=undefined"]
-    includes = [f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}"]
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{HERE}", f"-I{pybind11.get_include()}"]
     includes.append(f"-I{sysconfig.get_path('include')}")
-    sources = kernel_sources() + [HERE / "shim.h", HERE / source]
+    sources = kernel_sources() + sorted(HERE.glob("*.h")) + [HERE / source]
     name = digest(sources, sys.version, pybind11.__version__, *flags)
     target = ROOT / "build" / "emulated" / name / f"{module_name}.so"
     command = ["g++", "-shared", "-fPIC", *flags, *includes, str(HERE / source)]

@@ -7,27 +7,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <map>
-#include <string>
-#include <tuple>
-
 #include "cuda/policy_loss.cuh"
 #include "cuda/value_loss.cuh"
+#include "emulated_rows.h"
 
 namespace py = pybind11;
 using namespace rlkern;
 
 namespace {
-
-using Rows = std::tuple<uintptr_t, int64_t>;  // address, row stride
-using Arguments = std::map<std::string, Rows>;
-
-template <typename T>
-TokenRows<T> token_rows(const Arguments& arguments, const char* name) {
-  const auto found = arguments.find(name);
-  if (found == arguments.end()) return {};
-  return {reinterpret_cast<T*>(std::get<0>(found->second)), std::get<1>(found->second)};
-}
 
 template <SurrogateKind kSurrogate>
 void launch_sequences(const PolicyArgs& args, unsigned threads, int64_t max_blocks) {
@@ -41,15 +28,12 @@ void forward(const Arguments& arguments, int64_t sequences, int64_t length,
              uintptr_t metrics, uintptr_t scale, unsigned threads, unsigned finish_threads,
              int64_t max_blocks) {
   py::gil_scoped_release release;
-  const auto pointer = [&](const char* name) {
-    return token_rows<const double>(arguments, name).data;
-  };
   const PolicyOptions o = policy_options(options.data());
   PolicyRows rows;
-  rows.grid = {sequences, length, token_rows<const int64_t>(arguments, "offsets").data};
+  rows.grid = {sequences, length, pointer<const int64_t>(arguments, "offsets")};
   rows.logprobs = token_rows<const float>(arguments, "logprobs");
   rows.advantages = token_rows<const float>(arguments, "advantages");
-  rows.sequence_advantages = token_rows<const float>(arguments, "sequence_advantages").data;
+  rows.sequence_advantages = pointer<const float>(arguments, "sequence_advantages");
   rows.mask = token_rows<const bool>(arguments, "mask");
   rows.old_logprobs = token_rows<const float>(arguments, "old_logprobs");
   rows.ref_logprobs = token_rows<const float>(arguments, "ref_logprobs");
@@ -83,9 +67,9 @@ void forward(const Arguments& arguments, int64_t sequences, int64_t length,
   const PolicyFinishArgs finish = {o,
                                    args.totals,
                                    sequences,
-                                   pointer("normalizer"),
-                                   pointer("num_sequences"),
-                                   pointer("entropy_normalizer"),
+                                   pointer<const double>(arguments, "normalizer"),
+                                   pointer<const double>(arguments, "num_sequences"),
+                                   pointer<const double>(arguments, "entropy_normalizer"),
                                    reinterpret_cast<float*>(loss),
                                    reinterpret_cast<double*>(metrics),
                                    reinterpret_cast<float*>(scale)};
@@ -113,12 +97,9 @@ void value(const Arguments& arguments, int64_t sequences, int64_t length,
            const std::vector<double>& options, uintptr_t totals, uintptr_t loss, uintptr_t metrics,
            uintptr_t scale, unsigned threads, unsigned finish_threads, int64_t max_blocks) {
   py::gil_scoped_release release;
-  const auto pointer = [&](const char* name) {
-    return token_rows<const double>(arguments, name).data;
-  };
   const ValueOptions o = value_options(options.data());
   ValueRows rows;
-  rows.grid = {sequences, length, token_rows<const int64_t>(arguments, "offsets").data};
+  rows.grid = {sequences, length, pointer<const int64_t>(arguments, "offsets")};
   rows.values = token_rows<const float>(arguments, "values");
   rows.returns = token_rows<const float>(arguments, "returns");
   rows.old_values = token_rows<const float>(arguments, "old_values");
@@ -131,8 +112,8 @@ void value(const Arguments& arguments, int64_t sequences, int64_t length,
   const ValueFinishArgs finish = {o,
                                   args.totals,
                                   sequences,
-                                  pointer("normalizer"),
-                                  pointer("num_sequences"),
+                                  pointer<const double>(arguments, "normalizer"),
+                                  pointer<const double>(arguments, "num_sequences"),
                                   reinterpret_cast<float*>(loss),
                                   reinterpret_cast<double*>(metrics),
                                   reinterpret_cast<float*>(scale)};

@@ -11,7 +11,7 @@ if [[ -d ${1:-} ]]; then
   shift
 fi
 # -s: a report is printed as the process dies.
-tests=(tests/cuda/test_emulated.py tests/cuda/test_policy_loss_emulated.py -q -s -p no:cacheprovider -p no:xdist "$@")
+tests=(tests/cuda/test_*emulated.py -q -s -p no:cacheprovider -p no:xdist "$@")
 
 run() {
   local sanitizer="$1" library="$2"
@@ -33,5 +33,7 @@ run address libasan.so
 selected="small_vocabularies or several_grids or masked_rows or margin"
 # Of the policy loss: with and without sums before the terms, several chains, warps and sequences.
 selected+=" or backward or several_chains or no_sequences or alone or dapo or gspo"
+# Of the values and advantages: several warps and blocks, groups by ids in a race for their leaders.
+selected+=" or value_loss or bits_do_not or several_rewards or order or collide"
 tests+=(-k "$selected")
 run thread libtsan.so

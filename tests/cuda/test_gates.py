@@ -22,6 +22,13 @@ OCCUPANCY = {
     "value_sequences": (256, 4),
     "value_finish": (1024, 1),
     "kl_tokens": (256, 8),
+    "return_scan_forward": (256, 4),
+    "return_scan_backward": (256, 4),
+    "group_segments": (1024, 1),
+    "group_ids": (1024, 1),
+    "moments_of_blocks": (256, 4),
+    "moments_finish": (1024, 1),
+    "whiten_values": (256, 4),
 }
 
 needs_toolkit = pytest.mark.skipif(

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import math
 
+import gpu
 import pytest
 import torch
 
 import rlkern
-from rlkern import _native
 from rlkern._schema import operator_name
 from rlkern.reference import token_logprobs as reference
 
-
-def why_not() -> str:
-    if not torch.cuda.is_available():
-        return f"no NVIDIA GPU that torch {torch.__version__} can use"
-    if _native.problems["cuda"]:
-        return f"_C_cuda is not loaded: {_native.problems['cuda']}"
-    return ""
-
-
-REASON = why_not()
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(REASON), reason=REASON)]
+pytestmark = gpu.MARKS
 
 U = 2.0**-24
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -122,9 +112,7 @@ def test_outputs_are_written_whatever_memory_held():
     """The caching allocator hands out what was freed: NaN."""
     logits, ids = inputs(torch.bfloat16, (64,), 40000)
     for _ in range(3):
-        poison = [torch.full((n,), torch.nan, device="cuda") for n in (64, 128, 64 * 3 * 3)]
-        poison.append(torch.full_like(logits, torch.nan))
-        del poison
+        gpu.poison_freed_memory(64, 128, 64 * 3 * 3, logits.numel() // 2)
         out = forward(logits, ids)
         assert all(t.isfinite().all() for t in out)
         gradient = torch.ops.rlkern.token_logprobs_bwd(
@@ -145,20 +133,12 @@ def test_the_same_call_twice_and_a_row_alone():
 def test_the_current_stream_is_used(backend):
     logits, ids = inputs(torch.bfloat16, (256,), 151936)
     expected = forward(logits, ids, backend=backend)[0]
-    stream = torch.cuda.Stream()
-    late = torch.zeros_like(logits)
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        late.copy_(logits)
-        # On another stream it would read the zeros.
-        logprobs = forward(late, ids, backend=backend)[0]
-    stream.synchronize()
+    logprobs = gpu.on_another_stream([logits], lambda x: forward(x, ids, backend=backend)[0])
     assert torch.equal(logprobs, expected)
 
 
 @and_triton
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@gpu.needs_two_gpus
 def test_the_tensors_device_is_used(backend):
     logits, ids = inputs(torch.bfloat16, (5,), 50257)
     expected = forward(logits, ids, backend=backend)
@@ -179,19 +159,7 @@ def test_nothing_waits_for_the_gpu(backend):
         out = rlkern.token_logprobs(logits, ids, mask=mask, return_entropy=True)
         (out.logprobs.sum() + out.entropy.sum()).backward()
 
-    step()  # what is compiled or loaded once
-    torch.cuda.synchronize()
-    done = torch.cuda.Event()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        torch.cuda._sleep(1_000_000_000)  # half a second and more
-        step()
-        done.record()
-        # The mode sees torch's own waits; one of ours would have lasted until now.
-        assert not done.query()
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+    gpu.assert_nothing_waits(step)
 
 
 @and_triton
@@ -204,14 +172,7 @@ def test_graph_capture(backend):
         operator("token_logprobs_bwd_", backend)(g, None, static, ids, None, None, 1.0, None, *out)
         return out[0]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = gpu.captured(step)
     other, _ = inputs(torch.bfloat16, (16,), 50257, spread=1.0)
     for values in (logits, other):
         static.copy_(values)

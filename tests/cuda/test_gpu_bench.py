@@ -7,10 +7,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 import rlkern
 from benchmarks.gpu import bench_token_logprobs as bench
-from benchmarks.gpu import registry, run
+from benchmarks.gpu import contestants, registry, run
 from rlkern import _native
 
 pytestmark = pytest.mark.skipif(bool(_native.problems["cpu"]), reason="_C is absent")
@@ -123,6 +124,26 @@ def test_peers_are_called_as_their_signatures_say(case, contestant, monkeypatch)
     for _ in range(2):
         found = judged(case, contestant.task, contestant.build)
         assert right(found), found
+
+
+@pytest.mark.parametrize("case_type", registry.discover(), ids=lambda case: case.operator)
+def test_every_case_knows_right_from_wrong(case_type, monkeypatch):
+    """Of what eager PyTorch and what ours, on whichever backend this machine has, give."""
+    monkeypatch.setattr(contestants, "on_backend", lambda backend, ours: ours)
+    case = case_type("cpu", True)
+    assert case.bytes_moved(case.contestants[0].task) > 0 and case.shape()
+    judged_tasks = set()
+    for contestant in case.contestants:
+        if not contestant.dry or contestant.name not in ("eager", "rlkern native"):
+            continue
+        outputs = contestant.build()(*case.prepare(contestant.task))
+        errors = case.errors(contestant.task, outputs)
+        assert right(errors), (contestant, errors)
+        if contestant.name == "eager":
+            judged_tasks.add(contestant.task)
+            wrong = tree_map(lambda x: x * 1.1, outputs)
+            assert not right(case.errors(contestant.task, wrong)), contestant
+    assert judged_tasks
 
 
 def test_a_case_that_cannot_be_made_leaves_the_others_to_be_measured(monkeypatch):

@@ -6,28 +6,19 @@ import math
 import sys
 from pathlib import Path
 
+import gpu
 import pytest
 import torch
 
 import rlkern
-from rlkern import PolicyLoss, _native
+from rlkern import PolicyLoss
 from rlkern.losses import PRESETS
 from rlkern.ops import policy_loss as operator
 
 sys.path.append(str(Path(__file__).parents[1] / "losses"))
 from batches import call, close, random_batch, used_by  # noqa: E402
 
-
-def why_not() -> str:
-    if not torch.cuda.is_available():
-        return f"no NVIDIA GPU that torch {torch.__version__} can use"
-    if _native.problems["cuda"]:
-        return f"_C_cuda is not loaded: {_native.problems['cuda']}"
-    return ""
-
-
-REASON = why_not()
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(REASON), reason=REASON)]
+pytestmark = gpu.MARKS
 TOLERANCE = 1e-5  # as in test_policy_loss_emulated.py
 
 
@@ -112,9 +103,7 @@ def test_outputs_are_written_whatever_memory_held():
     loss = PolicyLoss.preset("gspo", entropy_coef=0.1)
     batch = on_gpu(batch_of(64, 300, loss))
     for _ in range(3):
-        poison = [torch.full((n,), torch.nan, device="cuda") for n in (1, 2, 64, 4096)]
-        poison += [torch.full_like(batch["logprobs"], torch.nan) for _ in range(4)]
-        del poison
+        gpu.poison_freed_memory(1, 2, 64, 4096, *[batch["logprobs"].numel()] * 4)
         called = call(loss, batch)
         assert called.loss.isfinite() and called.grad.isfinite().all()
         assert called.entropy_grad.isfinite().all()
@@ -158,20 +147,13 @@ def test_the_current_stream_is_used():
     loss = PolicyLoss.preset("gspo")
     batch = on_gpu(batch_of(64, 4096, loss))
     expected = call(loss, batch).loss
-    late = {n: torch.zeros_like(x) for n, x in batch.items()}
-    stream = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        for name, x in batch.items():
-            late[name].copy_(x)
-        # On another stream it would read the zeros.
-        found = call(loss, late).loss
-    stream.synchronize()
+    found = gpu.on_another_stream(
+        batch.values(), lambda *late: call(loss, dict(zip(batch, late, strict=True))).loss
+    )
     assert torch.equal(found, expected)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@gpu.needs_two_gpus
 def test_the_tensors_device_is_used():
     loss = PolicyLoss.preset("gspo")
     batch = batch_of(8, 100, loss)
@@ -193,19 +175,7 @@ def test_nothing_waits_for_the_gpu():
         out.loss.backward()
         return out.metrics["clip_frac"]  # stays on the GPU
 
-    step()  # what is loaded once
-    torch.cuda.synchronize()
-    done = torch.cuda.Event()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        torch.cuda._sleep(1_000_000_000)  # half a second and more
-        step()
-        done.record()
-        # The mode sees torch's own waits; one of ours would have lasted until now.
-        assert not done.query()
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+    gpu.assert_nothing_waits(step)
 
 
 def test_graph_capture():
@@ -222,14 +192,7 @@ def test_graph_capture():
         grads = torch.ops.rlkern.policy_loss_bwd(upstream, *out[2:])
         return out[0], out[1], grads[0]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = gpu.captured(step)
     for shift in (0.0, 0.01):
         static.copy_(batch["logprobs"] + shift)
         graph.replay()

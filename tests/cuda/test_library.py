@@ -12,17 +12,11 @@ import pytest
 import toolkit
 from emulated_kernels import ROOT, build_once, digest
 
-from rlkern import _native
+from rlkern import _native, _schema
 
 LIBRARY = ROOT / "rlkern" / _native.FILES["cuda"]
 STUB = ROOT / "csrc/cuda/torch_cuda_stub.cpp"
-OPERATORS = [
-    "policy_loss",
-    "policy_loss_bwd",
-    "token_logprobs",
-    "token_logprobs_bwd",
-    "token_logprobs_bwd_",
-]
+OPERATORS = list(_schema.SCHEMAS)
 
 pytestmark = pytest.mark.skipif(
     not LIBRARY.exists(),

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from rlkern import PolicyLoss
-from rlkern.losses import _POLICY_READERS, PRESETS, RolloutCorrection
+from rlkern.losses import PRESETS, RolloutCorrection
+from rlkern.losses.readers import POLICY_READERS
 from rlkern.reference.aggregation import AGGREGATIONS
 from rlkern.reference.kl_penalty import ESTIMATORS
 
@@ -20,7 +21,7 @@ ARGUMENTS = [name for name in inspect.signature(PolicyLoss.__call__).parameters 
 
 
 @pytest.mark.parametrize(
-    "name", sorted({*PRESETS, *FIELDS, *ARGUMENTS, *_POLICY_READERS, *AGGREGATIONS, *ESTIMATORS})
+    "name", sorted({*PRESETS, *FIELDS, *ARGUMENTS, *POLICY_READERS, *AGGREGATIONS, *ESTIMATORS})
 )
 def test_every_name_is_mentioned(name):
     assert re.search(rf"\b{name}\b", TEXT)

@@ -42,6 +42,22 @@ REGISTERS = {
         "policy gmpo": 88,
         "policy finish": 80,
         "policy scale": 32,
+        "scan gae": 128,
+        "scan gae break": 128,
+        "scan returns packed": 104,
+        "scan vtrace": 128,
+        "scan vtrace break": 128,
+        "scan backward": 120,
+        "scan backward all": 120,
+        "scan backward break": 120,
+        "group mean": 72,
+        "group mean large": 64,
+        "group leave_one_out": 56,
+        "group length_weighted": 72,
+        "group pass_at_k": 80,
+        "group batch_mean": 72,
+        "group given": 64,
+        "group none": 72,
     },
     "3.9": {
         "forward bf16": 128,
@@ -61,6 +77,22 @@ REGISTERS = {
         "policy gmpo": 80,
         "policy finish": 80,
         "policy scale": 40,
+        "scan gae": 128,
+        "scan gae break": 128,
+        "scan returns packed": 128,
+        "scan vtrace": 128,
+        "scan vtrace break": 128,
+        "scan backward": 112,
+        "scan backward all": 112,
+        "scan backward break": 120,
+        "group mean": 72,
+        "group mean large": 64,
+        "group leave_one_out": 56,
+        "group length_weighted": 72,
+        "group pass_at_k": 72,
+        "group batch_mean": 72,
+        "group given": 64,
+        "group none": 72,
     },
 }
 # A version that is not in the table: three programs per multiprocessor.
@@ -106,13 +138,24 @@ def built(kernel, signature, constexprs, attributes, architecture, **options):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from rlkern.triton import token_logprobs as kernels
+    from rlkern.triton._tokens import OPTIONS
 
     return triton.compile(
         ASTSource(kernel, signature, constexprs, attributes),
         target=GPUTarget("cuda", architecture, 32),
-        options={**options, **kernels._OPTIONS},
+        options={**options, **OPTIONS},
     )
+
+
+def unspecialised(kernel, types, constants, architecture, **options):
+    """No argument is specialised by its value or alignment; what has no type is a number."""
+    signature, constexprs = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], constexprs[(i,)] = "constexpr", constants[name]
+        else:
+            signature[name] = types.get(name, "fp32")
+    return built(kernel, signature, constexprs, {}, architecture, **options)
 
 
 def resources(kernel, folder):
@@ -194,20 +237,14 @@ POLICY_ABSENT = ("rollout_logprobs", "entropy", "token_weights", "entropy_mask",
 
 
 def built_policy(kernel, constants, architecture, **options):
-    """No argument is specialised by its value or alignment: there is one kernel per objective."""
-    from rlkern.triton import policy_loss as kernels
+    from rlkern.triton import _policy_sequence as kernels
+    from rlkern.triton.policy_loss import _scale_kernel
 
-    types = dict.fromkeys(kernels._POINTERS, "*fp32") | dict.fromkeys(kernels._INTEGERS, "i32")
+    types = dict.fromkeys(kernels.POINTERS, "*fp32") | dict.fromkeys(kernels.INTEGERS, "i32")
     types |= POLICY_TYPES
-    if kernel is kernels._scale_kernel:
+    if kernel is _scale_kernel:
         types |= dict.fromkeys(kernel.arg_names[:-2], "*fp32")
-    signature, constexprs = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name], constexprs[(i,)] = "constexpr", constants[name]
-        else:
-            signature[name] = types.get(name, "fp32")
-    return built(kernel, signature, constexprs, {}, architecture, **options)
+    return unspecialised(kernel, types, constants, architecture, **options)
 
 
 def built_objective(objective, absent, one_advantage, architecture):
@@ -219,7 +256,7 @@ def built_objective(objective, absent, one_advantage, architecture):
     constants |= dict.fromkeys(absent)
     constants |= {"ONE_ADVANTAGE": one_advantage, "BLOCK": kernels._BLOCK, "CHAIN": kernels._CHAIN}
     return built_policy(
-        kernels._sequence_kernel, constants, architecture,
+        kernels.sequence_kernel, constants, architecture,
         num_warps=kernels._WARPS, maxnreg=kernels._MAX_REGISTERS,
     )  # fmt: skip
 
@@ -267,8 +304,73 @@ def test_policy_loss_finish_and_scale(architecture, tmp_path):
     constants = {"AGGREGATION": 0, "SKIP_EMPTY": False, "KL": True, "BONUS": True}
     constants |= {"BONUS_SAME": False, "ROWS": kernels._ROWS, "num_sequences": None}
     warps = kernels._FINISH_WARPS
-    kernel = built_policy(kernels._finish_kernel, constants, architecture, num_warps=warps)
+    kernel = built_policy(kernels.finish_kernel, constants, architecture, num_warps=warps)
     check("policy finish", kernel, tmp_path)
     constants = {"BLOCK": kernels._SCALE_BLOCK}
     kernel = built_policy(kernels._scale_kernel, constants, architecture, num_warps=4)
     check("policy scale", kernel, tmp_path)
+
+
+# ---- return_scan and group_advantages ------------------------------------------------------------
+
+SCAN = {  # What is none, and whether masked tokens break.
+    "scan gae": (("log_ratios", "dones", "lam", "offsets", "bootstrap_value"), False),
+    "scan gae break": (("log_ratios", "lam", "offsets"), True),
+    "scan returns packed": (("values", "log_ratios", "lam", "mask", "dones"), False),
+    "scan vtrace": ((), False),
+    "scan vtrace break": ((), True),
+    "scan backward": (("lam", "offsets"), False),
+    "scan backward all": ((), False),
+    "scan backward break": ((), True),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("case", SCAN)
+def test_return_scan(case, architecture, tmp_path):
+    from rlkern.triton import return_scan as kernels
+
+    none, breaks = SCAN[case]
+    types = dict.fromkeys(kernels._POINTERS, "*fp32") | dict.fromkeys(kernels._INTEGERS, "i32")
+    types |= {"mask": "*i1", "dones": "*i1", "offsets": "*i64"}
+    needs_states = "vtrace" in case or "backward" in case
+    block = kernels._STATES_BLOCK if needs_states else kernels._BLOCK
+    constants = dict.fromkeys(none) | {"BREAKS": breaks, "BLOCK": block}
+    kernel = kernels._backward_kernel if "backward" in case else kernels._forward_kernel
+    options = {"num_warps": kernels._WARPS, "maxnreg": kernels._MAX_REGISTERS}
+    kernel = unspecialised(kernel, types, constants, architecture, **options)
+    check(case, kernel, tmp_path)
+
+
+EQUAL = ("order", "ids", "ends")
+GROUPS = {  # What is none, baseline and scale, and whether groups are large.
+    "group mean": ((*EQUAL, "lengths", "given", "batch"), ("mean", "std"), False),
+    "group mean large": ((*EQUAL, "lengths", "given", "batch"), ("mean", "std"), True),
+    "group leave_one_out": (("lengths", "given", "batch"), ("leave_one_out", "none"), False),
+    "group length_weighted": (("given", "batch"), ("length_weighted", "std"), False),
+    "group pass_at_k": (("lengths", "given", "batch"), ("pass_at_k", "std"), False),
+    "group batch_mean": (("lengths", "given"), ("batch_mean", "batch_std"), False),
+    "group given": (("lengths", "batch"), ("given", "mean"), False),
+    "group none": (("lengths", "given"), ("none", "batch_std"), False),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("case", GROUPS)
+def test_group_advantages(case, architecture, tmp_path):
+    from rlkern.reference.group_advantages import BASELINES, SCALES
+    from rlkern.triton import group_advantages as kernels
+
+    none, (baseline, scale), is_large = GROUPS[case]
+    types = dict.fromkeys(kernels._POINTERS, "*fp32") | dict.fromkeys(kernels._INTEGERS, "i32")
+    types |= dict.fromkeys(EQUAL, "*i64") | {"batch": "*fp64"}
+    constants = dict.fromkeys(none) | {
+        "BASELINE": BASELINES.index(baseline),
+        "SCALE": SCALES.index(scale),
+        "UNBIASED": True,
+        "RAW": False,
+        "BLOCK": kernels._LARGE_BLOCK if is_large else kernels._BLOCK,
+    }
+    warps = kernels._LARGE_WARPS if is_large else kernels._WARPS
+    kernel = unspecialised(kernels._group_kernel, types, constants, architecture, num_warps=warps)
+    check(case, kernel, tmp_path)

@@ -1,8 +1,5 @@
 """policy_loss in Triton against float64: on a GPU, or in Triton's interpreter.
 
-Without TRITON_INTERPRET=1 and without a GPU nothing here can run; test_interpreted.py runs this
-file in a process of its own where the variable is set before Triton is imported.
-
 Tolerance. d = logp - old is rounded to |d| 2^-24, which exp turns into a relative error, 2e-7 at
 the |d| <= 3 of these batches; exp, expm1 and log add 3e-7 each, some ten products and quotients
 half an ulp each, a fp32 sum 16 steps of a lane and 10 levels of lanes, half an ulp each: 4e-6.
@@ -12,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import random
 
 import pytest
@@ -20,6 +16,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
+from triton_device import DEVICE, INTERPRETED, MARKS, on_gpu  # noqa: E402
 
 import rlkern  # noqa: E402
 from rlkern import PolicyLoss, RolloutCorrection  # noqa: E402
@@ -29,34 +26,11 @@ from rlkern.reference.aggregation import Denominators  # noqa: E402
 from rlkern.reference.policy_loss import Batch  # noqa: E402
 from rlkern.triton._math import exp_and_expm1, expm1_less  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not INTERPRETED and not torch.cuda.is_available(),
-        reason="no GPU: test_interpreted.py runs this file in Triton's interpreter",
-    ),
-    # The interpreter computes in numpy, which warns of every inf and NaN.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
-on_gpu = pytest.mark.skipif(INTERPRETED, reason="too many programs for Triton's interpreter")
+pytestmark = MARKS
 
-DEVICE = "cpu" if INTERPRETED else "cuda"
 INF, NAN = math.inf, math.nan
 TOLERANCE = 4e-6
 PER_TOKEN = ("old_logprobs", "ref_logprobs", "rollout_logprobs", "entropy", "token_weights")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch):
-    """Outputs are allocated by new_empty: what a kernel leaves out shows as NaN."""
-    new_empty = torch.Tensor.new_empty
-
-    def poisoned(self, *args, **kwargs):
-        out = new_empty(self, *args, **kwargs)
-        return out.fill_(NAN) if type(out) is torch.Tensor and out.is_floating_point() else out
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
 
 def moved(value, dtype):

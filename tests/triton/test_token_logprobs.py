@@ -1,8 +1,5 @@
 """token_logprobs in Triton against float64: on a GPU, or in Triton's interpreter.
 
-Without TRITON_INTERPRET=1 and without a GPU nothing here can run; test_interpreted.py runs this
-file in a process of its own where the variable is set before Triton is imported.
-
 Tolerances. With eps = 2^-23 (fp32): an exponential is good to 2 eps relative plus eps |d| for its
 argument d = z - max; a sum passes at most 37 steps of a lane, 12 levels of lanes and 8 of segments,
 eps / 2 each, which is below 29 eps. So a log-probability is off by at most eps (|logp| + 32), the
@@ -14,30 +11,19 @@ logits' dtype adds half an ulp to a gradient, a whole one where the interpreter 
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
+from triton_device import DEVICE, INTERPRETED, MARKS, on_gpu  # noqa: E402
 
 import rlkern  # noqa: E402
 from rlkern.reference import token_logprobs as reference  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not INTERPRETED and not torch.cuda.is_available(),
-        reason="no GPU: test_interpreted.py runs this file in Triton's interpreter",
-    ),
-    # The interpreter computes in numpy, which warns of every inf and NaN.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
-on_gpu = pytest.mark.skipif(INTERPRETED, reason="too many programs for Triton's interpreter")
+pytestmark = MARKS
 
-DEVICE = "cpu" if INTERPRETED else "cuda"
 INF = float("inf")
 NAN = float("nan")
 EPS = 2.0**-23
@@ -55,18 +41,6 @@ OPS = torch.ops.rlkern
 def triton_backend():
     with rlkern.use_backend("triton"):
         yield
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch):
-    """Outputs are allocated by new_empty: what a kernel leaves out shows as NaN."""
-    new_empty = torch.Tensor.new_empty
-
-    def poisoned(self, *args, **kwargs):
-        out = new_empty(self, *args, **kwargs)
-        return out.fill_(NAN) if type(out) is torch.Tensor and out.is_floating_point() else out
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
 
 def randn(*shape, dtype=torch.float32, scale=4.0):

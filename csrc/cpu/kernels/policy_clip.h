@@ -57,6 +57,7 @@ void clip_tokens(const PolicyOptions& o, const PolicySequence& s, GradientScales
     const vfloat none = broadcast(-kInf);
     const vfloat logprob = block.load(s.logprobs);
     const vfloat d = logprob - block.load(s.old_logprobs);
+    block.will_store(s.grad_logprobs, kAhead / 2);
     vfloat expm1_d;
     const vfloat ratio = clamped(rl_exp_expm1(d, &expm1_d), o.least_ratio, o.largest_ratio);
     const vint held = ratio * side > side * end;
@@ -100,6 +101,7 @@ void clip_sequence(const PolicyOptions& o, const PolicySequence& s, GradientScal
   for_blocks(s, &before, [&](const auto& block) __attribute__((always_inline)) {
     const vfloat d = block.load(s.logprobs) - block.load(s.old_logprobs);
     before.chain[kLogRatio] += d;
+    block.will_store(s.grad_logprobs, 0);
     before.chain[kApprox] += expm1_less(d, rl_expm1(d));
   });
   double of_sequence[BeforeSum::kCount] = {};

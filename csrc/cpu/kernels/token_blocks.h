@@ -8,6 +8,8 @@ namespace rlkern {
 namespace {
 
 constexpr int kChain = 32;
+// Tokens between what is loaded and what is asked for: the processor itself stops at every page.
+constexpr int kAhead = 512;
 
 typedef float vpart __attribute__((vector_size(RLKERN_VECTOR_BYTES / 2)));
 typedef double vdouble __attribute__((vector_size(RLKERN_VECTOR_BYTES)));
@@ -71,7 +73,12 @@ struct Block {
   __attribute__((always_inline)) vfloat load(const float* p) const {
     vfloat v = {};
     copy(&v, p + at, sizeof(float));
+    if (kAll) __builtin_prefetch(p + at + kAhead);
     return counts ? v : vfloat{};
+  }
+  // Asks for the memory that will be written, which may be null.
+  __attribute__((always_inline)) void will_store(const float* p, int ahead) const {
+    if (p != nullptr) __builtin_prefetch(p + at + ahead, 1);
   }
   __attribute__((always_inline)) void store(float* p, vfloat v) const {
     copy(p + at, &v, sizeof(float));

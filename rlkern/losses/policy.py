@@ -1,16 +1,18 @@
-"""PolicyLoss and ValueLoss: descriptions of an objective, called on log-probabilities or values."""
+"""PolicyLoss: a policy-gradient objective, term by term."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from rlkern._policy_heads import LossOutput, PolicyHeads
-from rlkern.metrics import Layout, Metrics, Reader, largest, mean, smallest
+from rlkern.losses.calls import LossOutput, check_denominators, check_skip_empty, missing, unused
+from rlkern.losses.heads import PolicyHeads
+from rlkern.losses.presets import PRESETS
+from rlkern.losses.readers import POLICY_METRICS
+from rlkern.metrics import Metrics
 from rlkern.ops import _checks, _layout
 from rlkern.ops.policy_loss import (
     CORRECTION_LEVELS,
@@ -20,10 +22,8 @@ from rlkern.ops.policy_loss import (
     numbers,
     policy_loss,
 )
-from rlkern.ops.value_loss import value_loss
 from rlkern.reference import kl_penalty as kl
 from rlkern.reference import policy_loss as definition
-from rlkern.reference import value_loss as value_definition
 from rlkern.reference.aggregation import AGGREGATIONS, Denominators
 
 ENTROPY_AGGREGATIONS = ("token_mean", "same")
@@ -46,17 +46,6 @@ _DEFAULTS: dict[str, dict[str, float | None]] = {
 }
 _BY_SURROGATE = sorted({name for names in _DEFAULTS.values() for name in names})
 _LOG_RATIO_CLAMP = 20.0
-# Arguments of a call that every entry point takes alike.
-_GIVEN = (
-    "old_logprobs",
-    "ref_logprobs",
-    "rollout_logprobs",
-    "token_weights",
-    "entropy_mask",
-    "normalizer",
-    "num_sequences",
-    "entropy_normalizer",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +219,7 @@ class PolicyLoss(PolicyHeads):
                 "aggregation: expected 'seq_mean_token_mean' with surrogate 'gmpo', which has one "
                 f"loss per sequence, got {self.aggregation!r}"
             )
-        _check_skip_empty(self)
+        check_skip_empty(self)
         if self.kl_clamp == "verl" and not self.kl_estimator.startswith("k3"):
             raise ValueError(
                 "kl_clamp: expected None or 'openrlhf' with kl_estimator "
@@ -337,73 +326,44 @@ class PolicyLoss(PolicyHeads):
             RuntimeError: a backend was asked for that cannot serve the call.
         """
         layout = _layout.Layout("logprobs", logprobs, cu_seqlens)
-        given = {
-            "old_logprobs": old_logprobs,
-            "ref_logprobs": ref_logprobs,
-            "rollout_logprobs": rollout_logprobs,
-            "token_weights": token_weights,
-            "entropy_mask": entropy_mask,
-            "normalizer": normalizer,
-            "num_sequences": num_sequences,
-            "entropy_normalizer": entropy_normalizer,
-        }
-        flags = layout.flags(mask, "mask")
-        batch, denominators = self._collect(layout, layout.values, advantages, flags, given)
-        batch = batch._replace(entropy=layout.tokens(entropy, "entropy"))
-        self._check_call(batch, denominators)
-        loss, vector = policy_loss(self, batch, denominators)
-        return self._output(loss, vector, batch.ref_logprobs is not None, batch.entropy is not None)
-
-    def _collect(
-        self,
-        layout: _layout.Layout,
-        logprobs: Tensor,
-        advantages: Tensor,
-        mask: Tensor | None,
-        given: dict[str, Any],
-    ) -> tuple[definition.Batch, Denominators]:
-        """Everything but the entropy, checked."""
-        unknown = given.keys() - _GIVEN
-        if unknown:
-            _checks.one_of(min(unknown), _GIVEN, "argument")
         batch = definition.Batch(
-            logprobs,
+            layout.values,
             layout.per_sequence_or_token(advantages, "advantages"),
-            mask,
-            layout.constants(given.get("old_logprobs"), "old_logprobs"),
-            layout.constants(given.get("ref_logprobs"), "ref_logprobs"),
-            layout.constants(given.get("rollout_logprobs"), "rollout_logprobs"),
-            None,
-            layout.constants(given.get("token_weights"), "token_weights"),
-            layout.flags(given.get("entropy_mask"), "entropy_mask"),
+            layout.flags(mask, "mask"),
+            layout.constants(old_logprobs, "old_logprobs"),
+            layout.constants(ref_logprobs, "ref_logprobs"),
+            layout.constants(rollout_logprobs, "rollout_logprobs"),
+            layout.tokens(entropy, "entropy"),
+            layout.constants(token_weights, "token_weights"),
+            layout.flags(entropy_mask, "entropy_mask"),
             layout.offsets,
         )
-        denominators = Denominators(
-            layout.denominator(given.get("normalizer"), "normalizer"),
-            layout.denominator(given.get("num_sequences"), "num_sequences"),
-            layout.denominator(given.get("entropy_normalizer"), "entropy_normalizer"),
+        given = Denominators(
+            layout.denominator(normalizer, "normalizer"),
+            layout.denominator(num_sequences, "num_sequences"),
+            layout.denominator(entropy_normalizer, "entropy_normalizer"),
         )
-        return batch, denominators
-
-    def _output(self, loss: Tensor, vector: Tensor, has_ref: bool, has_entropy: bool) -> LossOutput:
-        return LossOutput(loss, Metrics(vector, _POLICY_METRICS, self._names[has_ref, has_entropy]))
+        self._check_call(batch, given)
+        loss, vector = policy_loss(self, batch, given)
+        names = self._names[batch.ref_logprobs is not None, batch.entropy is not None]
+        return LossOutput(loss, Metrics(vector, POLICY_METRICS, names))
 
     def _check_call(self, batch: definition.Batch, given: Denominators) -> None:
         if self.kl_coef and batch.ref_logprobs is None:
-            _missing("ref_logprobs", f"kl_coef is {self.kl_coef}")
+            missing("ref_logprobs", f"kl_coef is {self.kl_coef}")
         if self.entropy_coef and batch.entropy is None:
-            _missing("entropy", f"entropy_coef is {self.entropy_coef}")
+            missing("entropy", f"entropy_coef is {self.entropy_coef}")
         if self.correction is not None and batch.rollout_logprobs is None:
-            _missing("rollout_logprobs", "the loss has a rollout correction")
+            missing("rollout_logprobs", "the loss has a rollout correction")
         uses_rollout = self.correction is not None or self.off_policy_threshold is not None
         if batch.rollout_logprobs is not None and not uses_rollout:
-            _unused("rollout_logprobs", "the loss has no correction and no off_policy_threshold")
+            unused("rollout_logprobs", "the loss has no correction and no off_policy_threshold")
         if not self.entropy_coef and batch.entropy_mask is not None:
-            _unused("entropy_mask", "entropy_coef is 0")
+            unused("entropy_mask", "entropy_coef is 0")
         by_tokens = self.entropy_coef and self.entropy_aggregation == "token_mean"
         if given.entropy_normalizer is not None and not by_tokens:
-            _unused("entropy_normalizer", "the loss divides no entropy by a count of tokens")
-        _check_denominators(self, given)
+            unused("entropy_normalizer", "the loss divides no entropy by a count of tokens")
+        check_denominators(self, given)
 
     def _metric_names(self, has_ref: bool, has_entropy: bool) -> tuple[str, ...]:
         names = ["policy_loss", "approx_kl", "ratio_mean", "ratio_min", "ratio_max", "tokens"]
@@ -428,216 +388,3 @@ class PolicyLoss(PolicyHeads):
         if self.off_policy_threshold is not None:
             names.append("kept_frac")
         return tuple(names)
-
-
-def _missing(name: str, because: str) -> None:
-    raise ValueError(f"{name}: expected a tensor, since {because}, got None")
-
-
-def _unused(name: str, because: str) -> None:
-    raise ValueError(f"{name}: expected None, since {because}")
-
-
-def _check_skip_empty(loss: PolicyLoss | ValueLoss) -> None:
-    if loss.skip_empty and not loss.aggregation.startswith("seq_mean"):
-        raise ValueError(
-            f"skip_empty: expected False with aggregation {loss.aggregation!r}, which does "
-            "not count sequences, got True"
-        )
-
-
-def _check_denominators(loss: PolicyLoss | ValueLoss, given: Denominators) -> None:
-    normed = loss.aggregation == "seq_mean_token_sum_norm"
-    if normed and given.normalizer is None:
-        _missing("normalizer", "aggregation 'seq_mean_token_sum_norm' divides by it")
-    if given.normalizer is not None and not (normed or loss.aggregation == "token_mean"):
-        _unused("normalizer", f"aggregation {loss.aggregation!r} does not divide by it")
-    if given.num_sequences is not None:
-        if not loss.aggregation.startswith("seq_mean"):
-            _unused("num_sequences", f"aggregation {loss.aggregation!r} counts no sequences")
-        if loss.skip_empty:
-            _unused("num_sequences", "skip_empty counts the sequences")
-
-
-def _clip_frac(sums: Any, maxima: Any) -> Tensor:
-    return (sums["clip_low"] + sums["clip_high"]) / sums["ratio_units"].clamp(min=1)
-
-
-def _effective_sample_size(sums: Any, maxima: Any) -> Tensor:
-    """mean(w)^2 / mean(w^2), 0 where every weight is 0."""
-    w, squared, n = sums["rollout_weight"], sums["rollout_weight_squared"], sums["tokens"]
-    return w * w / (squared * n).clamp(min=math.ulp(0.0))
-
-
-_POLICY_READERS: dict[str, Reader] = {
-    "policy_loss": mean("policy_loss", "policy_loss_units"),
-    "kl": mean("kl"),
-    "entropy": mean("entropy"),
-    "approx_kl": mean("approx_kl"),
-    "clip_frac": _clip_frac,
-    "clip_frac_low": mean("clip_low", "ratio_units"),
-    "clip_frac_high": mean("clip_high", "ratio_units"),
-    "clip_frac_low_min": smallest("clip_low_min"),
-    "clip_frac_low_max": largest("clip_low_max"),
-    "clip_frac_high_min": smallest("clip_high_min"),
-    "clip_frac_high_max": largest("clip_high_max"),
-    "dual_clip_frac": mean("dual_clip", "ratio_units"),
-    "cispo_clip_ratio": mean("cispo_clip", "ratio_units"),
-    "ratio_mean": mean("ratio", "ratio_units"),
-    "ratio_min": smallest("ratio_min", "ratio_units"),
-    "ratio_max": largest("ratio_max", "ratio_units"),
-    "rollout_weight_mean": mean("rollout_weight"),
-    "rollout_ess": _effective_sample_size,
-    "kept_frac": mean("kept"),
-    "vespo_phi_mean": mean("vespo_phi", "vespo_units"),
-    "tokens": lambda sums, _: sums["tokens"],
-    "sequences": lambda sums, _: sums["sequences"],
-}
-_POLICY_METRICS = Layout(definition.SUMS, definition.MAXIMA, _POLICY_READERS)
-
-_GSPO = {"clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "seq_mean_token_mean"}
-#: Published objectives as fields of PolicyLoss; docs/losses.md says where each comes from.
-PRESETS: dict[str, dict[str, Any]] = {
-    "ppo": {"clip_low": 0.2, "clip_high": 0.2},
-    "grpo": {
-        "clip_low": 0.2,
-        "clip_high": 0.2,
-        "kl_coef": 0.04,
-        "aggregation": "seq_mean_token_mean",
-    },
-    "bnpo": {"clip_low": 0.2, "clip_high": 0.2},
-    "dr_grpo": {"clip_low": 0.2, "clip_high": 0.2, "aggregation": "seq_mean_token_sum_norm"},
-    "dapo": {"clip_low": 0.2, "clip_high": 0.28},
-    "gspo": _GSPO | {"ratio_level": "sequence"},
-    "gspo_token": _GSPO | {"ratio_level": "sequence_token"},
-    "cispo": {"surrogate": "cispo", "clip_high": 4.0},
-    "sapo": {"surrogate": "sapo", "aggregation": "seq_mean_token_mean"},
-    "gmpo": {
-        "surrogate": "gmpo",
-        "clip_low": 0.4,
-        "clip_high": 0.4,
-        "aggregation": "seq_mean_token_mean",
-    },
-    "vespo": {"surrogate": "vespo"},
-    "luspo": _GSPO | {"ratio_level": "sequence", "aggregation": "seq_mean_token_sum"},
-    "rloo": {
-        "clip_low": 0.2,
-        "clip_high": 0.2,
-        "ratio_level": "sequence_sum",
-        "aggregation": "seq_mean_token_mean",
-    },
-    "dppo_tv": {"surrogate": "dppo_tv", "clip_low": 0.15, "clip_high": 0.15},
-    "dppo_kl": {"surrogate": "dppo_kl", "clip_low": 0.05, "clip_high": 0.05},
-    "reinforce": {"surrogate": "reinforce"},
-}
-
-
-# ---- value loss -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValueLoss:
-    """The clipped value loss of PPO (Schulman et al., 2017, as in its reference code).
-
-    0.5 * agg(max((v - R)^2, (clamp(v, v_old - clip, v_old + clip) - R)^2)), or without a clip
-    0.5 * agg((v - R)^2).
-
-    Args:
-        clip: how far a value may move from its old one, above 0; None: not clipped.
-        aggregation: one of AGGREGATIONS, as in PolicyLoss.
-        skip_empty: sequences without a counting token do not count as sequences.
-
-    Raises:
-        TypeError, ValueError: an unknown name, a number out of its range, a contradiction.
-    """
-
-    clip: float | None = 0.2
-    aggregation: str = "token_mean"
-    skip_empty: bool = False
-
-    def __post_init__(self) -> None:
-        if self.clip is not None:
-            _checks.number(self.clip, "clip", above=0.0)
-        _checks.one_of(self.aggregation, AGGREGATIONS, "aggregation")
-        if not isinstance(self.skip_empty, bool):
-            raise TypeError(f"skip_empty: expected a bool, got {self.skip_empty!r}")
-        _check_skip_empty(self)
-
-    def __call__(
-        self,
-        values: Tensor,
-        returns: Tensor,
-        *,
-        old_values: Tensor | None = None,
-        mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        normalizer: float | Tensor | None = None,
-        num_sequences: float | Tensor | None = None,
-    ) -> LossOutput:
-        """The loss from values, its metrics from the same pass.
-
-        Padded [B, T] with a mask, or packed [total] with cu_seqlens. What a masked position holds
-        changes nothing. Gradients go to values; first derivatives only.
-
-        Args:
-            values: [B, T] or [total]; fp32, or a 16-bit type that is widened, or fp64 (which runs
-                in eager PyTorch). The rest are widened to the same.
-            returns: the regression target R, in the same shape.
-            old_values: of the critic before the update; needed with clip.
-            mask, cu_seqlens, normalizer, num_sequences: as in PolicyLoss.
-
-        Returns:
-            LossOutput(loss, metrics), metrics value_loss, value_clip_frac (the share of tokens
-            whose clipped square is the larger), explained_variance = 1 - var(R - v) / var(R),
-            value_mean, return_mean, tokens, sequences.
-
-        Raises:
-            TypeError, ValueError: a wrong type, dtype, shape or device; an argument that the
-                objective needs and that is missing, or that it does not use.
-            RuntimeError: a backend was asked for that cannot serve the call.
-        """
-        layout = _layout.Layout("values", values, cu_seqlens)
-        old = layout.constants(old_values, "old_values")
-        targets = layout.constants(returns, "returns")
-        if targets is None:
-            raise TypeError("returns: expected a torch.Tensor, got None")
-        batch = value_definition.ValueBatch(
-            layout.values, targets, layout.flags(mask, "mask"), old, layout.offsets
-        )
-        given = Denominators(
-            layout.denominator(normalizer, "normalizer"),
-            layout.denominator(num_sequences, "num_sequences"),
-        )
-        if self.clip is not None and old is None:
-            raise ValueError(f"old_values: expected a tensor, since clip is {self.clip}, got None")
-        if self.clip is None and old is not None:
-            raise ValueError("old_values: expected None, since clip is None")
-        _check_denominators(self, given)
-        loss, vector = value_loss(self, batch, given)
-        return LossOutput(loss, Metrics(vector, _VALUE_METRICS, tuple(_VALUE_METRICS.readers)))
-
-
-def _explained_variance(sums: Any, maxima: Any) -> Tensor:
-    """1 - var(R - v) / var(R); NaN where the returns do not vary."""
-    n = sums["tokens"].clamp(min=1)
-
-    def variance(name: str) -> Tensor:
-        mean_of = sums[name] / n
-        return (sums[name + "_squared"] / n - mean_of * mean_of).clamp(min=0)
-
-    return 1 - variance("residual") / variance("return")
-
-
-_VALUE_METRICS = Layout(
-    value_definition.SUMS,
-    (),
-    {
-        "value_loss": mean("value_loss", "value_loss_units"),
-        "value_clip_frac": mean("clipped"),
-        "explained_variance": _explained_variance,
-        "value_mean": mean("value"),
-        "return_mean": mean("return"),
-        "tokens": lambda sums, _: sums["tokens"],
-        "sequences": lambda sums, _: sums["sequences"],
-    },
-)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlkern.losses.calls import LossOutput
+from rlkern.losses.readers import POLICY_METRICS
 from rlkern.metrics import Metrics
 from rlkern.ops import _checks
 from rlkern.ops._head import MEMORY_BUDGET, checked_budget, checked_products, chunk_rows
@@ -18,14 +20,20 @@ from rlkern.ops.policy_logits import policy_loss_logits
 from rlkern.ops.policy_loss import numbers
 from rlkern.ops.policy_rows import RowArguments
 from rlkern.reference import linear_token_logprobs as reference
+from rlkern.reference.aggregation import Denominators
 from rlkern.reference.policy_loss import Batch
 
-
-class LossOutput(NamedTuple):
-    """What a loss returns; metrics are None where they were not asked for."""
-
-    loss: Tensor
-    metrics: Metrics
+# Arguments of a call that every entry point takes alike.
+_GIVEN = (
+    "old_logprobs",
+    "ref_logprobs",
+    "rollout_logprobs",
+    "token_weights",
+    "entropy_mask",
+    "normalizer",
+    "num_sequences",
+    "entropy_normalizer",
+)
 
 
 class PolicyHeads:
@@ -90,12 +98,12 @@ class PolicyHeads:
         )
         _checks.check_token_values(*rows[:3], tensor.shape[-1])
         measured = _wants_entropy(self, entropy)
-        batch, denominators = self._collect(layout, _stand_in(layout), advantages, rows.mask, given)
+        batch, denominators = _collected(layout, advantages, rows.mask, given)
         self._check_call(_with_entropy(batch, measured), denominators)
         loss, vector = policy_loss_logits(
             self, tensor, rows, batch, denominators, measured, _flag(inplace, "inplace")
         )
-        return self._output(loss, vector, batch.ref_logprobs is not None, measured)
+        return _output(self, loss, vector, batch, measured)
 
     def from_hidden(
         self: Any,
@@ -155,7 +163,7 @@ class PolicyHeads:
         if compact is None:
             compact = h.device.type == "cpu"
         measured = _wants_entropy(self, entropy)
-        batch, denominators = self._collect(layout, _stand_in(layout), advantages, rows.mask, given)
+        batch, denominators = _collected(layout, advantages, rows.mask, given)
         self._check_call(_with_entropy(batch, measured), denominators)
         loss, vector = policy_loss_hidden(
             self,
@@ -169,7 +177,7 @@ class PolicyHeads:
         )
         if not metrics:
             return LossOutput(loss, None)  # type: ignore[arg-type]
-        return self._output(loss, vector, batch.ref_logprobs is not None, measured)
+        return _output(self, loss, vector, batch, measured)
 
 
 def _flag(value: object, name: str) -> bool:
@@ -197,9 +205,38 @@ def _row_arguments(
     return RowArguments(ids, mask, per_token, number, cap)
 
 
-def _stand_in(layout: Layout) -> Tensor:
-    """A tensor in the shape of the log-probabilities that takes no memory."""
-    return torch.empty((), dtype=layout.dtype, device=layout.device).expand(layout.shape)
+def _collected(
+    layout: Layout, advantages: Tensor, mask: Tensor | None, given: dict[str, Any]
+) -> tuple[Batch, Denominators]:
+    """What a call of the loss takes, checked; in the place of the log-probabilities stands a tensor
+    of their shape that takes no memory."""
+    for name in given.keys() - set(_GIVEN):
+        _checks.one_of(name, _GIVEN, "argument")
+    batch = Batch(
+        torch.empty((), dtype=layout.dtype, device=layout.device).expand(layout.shape),
+        layout.per_sequence_or_token(advantages, "advantages"),
+        mask,
+        layout.constants(given.get("old_logprobs"), "old_logprobs"),
+        layout.constants(given.get("ref_logprobs"), "ref_logprobs"),
+        layout.constants(given.get("rollout_logprobs"), "rollout_logprobs"),
+        None,
+        layout.constants(given.get("token_weights"), "token_weights"),
+        layout.flags(given.get("entropy_mask"), "entropy_mask"),
+        layout.offsets,
+    )
+    denominators = Denominators(
+        layout.denominator(given.get("normalizer"), "normalizer"),
+        layout.denominator(given.get("num_sequences"), "num_sequences"),
+        layout.denominator(given.get("entropy_normalizer"), "entropy_normalizer"),
+    )
+    return batch, denominators
+
+
+def _output(
+    loss: Any, value: Tensor, vector: Tensor, batch: Batch, has_entropy: bool
+) -> LossOutput:
+    names = loss._names[batch.ref_logprobs is not None, has_entropy]
+    return LossOutput(value, Metrics(vector, POLICY_METRICS, names))
 
 
 def _with_entropy(batch: Batch, measured: bool) -> Batch:
