@@ -56,7 +56,6 @@ class Layout:
             self.sequences = shape[0]
         else:
             self.sequences = self.offsets.shape[0] - 1
-        self.values = self._ready(tensor)
 
     def _ready(self, tensor: Tensor) -> Tensor:
         """In the dtype of the computation, consecutive in memory along a sequence."""
