@@ -123,6 +123,15 @@ COMPOSITES = {
         f"{_POLICY_WHOLE}, bool return_entropy, Tensor? active, bool metrics, int rows, "
         "bool invariant, str backend, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
+    # The same of a loss that couples the tokens of a sequence. denominators [3], float64:
+    # normalizer, num_sequences and entropy_normalizer of the whole batch, NaN where there is none.
+    "policy_loss_sequences": (
+        f"(Tensor hidden, Tensor weight, Tensor? bias, {_TOKEN_LOGPROBS}, Tensor advantages, "
+        "Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_logprobs, "
+        "Tensor? token_weights, Tensor? entropy_mask, Tensor denominators, "
+        f"{_POLICY_WHOLE}, bool return_entropy, int rows, bool invariant, str backend, "
+        "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
     # -> the gradients of hidden, weight and bias, [0] where it is not needed.
     "linear_token_logprobs_bwd": (
         "(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, "

@@ -78,17 +78,20 @@ class Chunk:
         return None if values is None else values[self.rows]
 
 
-def chunks(hidden: Tensor, mask: Tensor | None, rows: int) -> Iterator[Chunk]:
-    """Chunks of at most `rows` tokens; without the masked ones where nobody waits for the count."""
+def chunks(
+    total: int, mask: Tensor | None, rows: int, begin: int = 0, end: int | None = None
+) -> Iterator[Chunk]:
+    """Chunks of at most `rows` tokens of [begin, end); without the masked ones where nobody waits
+    for the count."""
+    end = total if end is None else end
     if mask is not None and mask.device.type == "cpu":
-        places = mask.nonzero().squeeze(1)
+        places = mask[begin:end].nonzero().squeeze(1) + begin
         for part in places.split(rows) if len(places) else ():
             yield Chunk(part, part.shape[0])
         return
-    total = hidden.shape[0]
-    for begin in range(0, total, rows):
-        end = min(begin + rows, total)
-        yield Chunk(slice(begin, end), end - begin)
+    for first in range(begin, end, rows):
+        last = min(first + rows, end)
+        yield Chunk(slice(first, last), last - first)
 
 
 def products(hidden: Tensor, chunk: Chunk, rows: int, invariant: bool) -> Tensor:

@@ -166,7 +166,7 @@ def _forward(
     entropy = hidden.new_zeros(total if return_entropy else 0, dtype=dtype)
     state = hidden.new_zeros((total, 2), dtype=dtype)
     row_pass = _register.overload("token_logprobs", backend)
-    for chunk in chunks(hidden, mask, rows):
+    for chunk in chunks(hidden.shape[0], mask, rows):
         z = reference.logits(products(hidden, chunk, rows, invariant), weight, bias)
         logprobs[chunk.rows], found, state[chunk.rows] = row_pass(
             z[: chunk.count], chunk.of(token_ids), chunk.of(mask), chunk.of(token_temperature),
@@ -186,7 +186,7 @@ def _backward(
     of_weight = GradientSum(weight) if needs_weight else None
     of_bias = GradientSum(bias) if needs_bias else None
     row_pass = _register.overload("token_logprobs_bwd_", backend)
-    for chunk in chunks(hidden, mask, rows):
+    for chunk in chunks(hidden.shape[0], mask, rows):
         h = products(hidden, chunk, rows, invariant)
         z = reference.logits(h, weight, bias)
         grads = z[: chunk.count]

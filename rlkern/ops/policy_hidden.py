@@ -1,12 +1,14 @@
 """A policy loss from hidden states: three products per chunk of tokens, nothing recomputed.
 
-Where the loss is separable by token, a chunk's gradient is known as soon as its logits are: logits,
-hidden gradient and weight gradient, the last two only where they are needed. Losses that couple the
-tokens of a sequence are linear_token_logprobs and policy_loss one after the other, four products.
+A chunk's gradient is known as soon as its logits are, where the loss is separable by token, or the
+chunk holds its sequences whole: logits, hidden gradient and weight gradient, the last two only
+where they are needed. Of a sequence that is longer than a chunk, whose tokens the loss couples, the
+log-probabilities come first and the logits are made twice: four products.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +36,18 @@ class Head(NamedTuple):
     invariant: bool
 
 
+class SequenceArguments(NamedTuple):
+    """A loss by sequence: tensors as a call of it takes them, denominators of the whole batch."""
+
+    advantages: Tensor
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None
+    token_weights: Tensor | None
+    entropy_mask: Tensor | None
+    denominators: Tensor
+
+
 def policy_loss_hidden(
     loss: Any,
     head: Head,
@@ -47,51 +61,47 @@ def policy_loss_hidden(
     """The loss and the metrics' vector. `batch` has a stand-in of the right shape for logprobs."""
     hidden, weight, bias = head[:3]
     backend = _backend.choose("policy_loss", hidden.device.type, hidden.dtype)
-    factors = [factor for factor in (hidden, weight, bias) if factor is not None]
-    needs_grad = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
-    if backend == "eager" or not needs_grad or not policy_rows.is_separable(loss):
+    needs = [factor is not None and factor.requires_grad for factor in (hidden, weight, bias)]
+    if backend == "eager" or not torch.is_grad_enabled() or not any(needs):
         logprobs, entropy = head_logprobs(*head, rows, return_entropy)
         return policy_loss(loss, batch._replace(logprobs=logprobs, entropy=entropy), given)
+    whole = whole_arguments(loss, batch, given)
+    cut = (head.rows, head.invariant, backend, needs)
+    if not policy_rows.is_separable(loss):
+        of_sequences = SequenceArguments(
+            batch.advantages,
+            batch.old_logprobs,
+            batch.ref_logprobs,
+            batch.rollout_logprobs,
+            batch.token_weights,
+            batch.entropy_mask,
+            policy_rows.whole_denominators(loss, batch, given),
+        )
+        value, vector, *_ = torch.ops.rlkern.policy_loss_sequences(
+            hidden, weight, bias, *rows, *of_sequences, *whole, return_entropy, *cut
+        )
+        return value, vector
     tokens = policy_rows.token_arguments(loss, batch, given)
     active = None
     if compact and not loss.kl_coef and not loss.entropy_coef:
         active = tokens.advantages != 0
     value, vector, *_ = torch.ops.rlkern.policy_loss_hidden(
-        hidden,
-        weight,
-        bias,
-        *rows,
-        *tokens,
-        *whole_arguments(loss, batch, given),
-        return_entropy,
-        active,
-        metrics,
-        head.rows,
-        head.invariant,
-        backend,
-        [factor is not None and factor.requires_grad for factor in (hidden, weight, bias)],
+        hidden, weight, bias, *rows, *tokens, *whole, return_entropy, active, metrics, *cut
     )
     return value, vector
 
 
-# ---- the operator ------------------------------------------------------------------------------
+# ---- what both operators do to a chunk ----------------------------------------------------------
 
 
 class _Pass:
     """One call's results, filled chunk by chunk; all that has one value per token is flat."""
 
     def __init__(
-        self,
-        head: Head,
-        rows: RowArguments,
-        tokens: TokenArguments,
-        return_entropy: bool,
-        backend: str,
-        needs: list[bool],
+        self, head: Head, rows: RowArguments, return_entropy: bool, backend: str, needs: list[bool]
     ) -> None:
-        self.head, self.backend, self.return_entropy = head, backend, return_entropy
-        self.rows = rows
-        self.tokens = tokens
+        self.head, self.rows, self.backend = head, rows, backend
+        self.return_entropy = return_entropy
         hidden, total = head.hidden, head.hidden.shape[0]
         self.logprobs = hidden.new_zeros(total, dtype=torch.float32)
         self.entropy = hidden.new_zeros(total if return_entropy else 0, dtype=torch.float32)
@@ -103,24 +113,28 @@ class _Pass:
         h = products(self.head.hidden, chunk, self.head.rows, self.head.invariant)
         return h, reference.logits(h, self.head.weight, self.head.bias)
 
-    def look(self, chunk: Chunk) -> None:
-        """Log-probabilities alone: the gradient is 0."""
-        _, z = self.logits(chunk)
-        logprobs, entropy, _ = _register.overload("token_logprobs", self.backend)(
-            z[: chunk.count], *self._of_rows(chunk), self.return_entropy
+    def look(self, chunk: Chunk, z: Tensor) -> Tensor:
+        """Log-probabilities and entropy; returns the row pass's state."""
+        logprobs, entropy, state = _register.overload("token_logprobs", self.backend)(
+            z[: chunk.count], *self.of_rows(chunk), self.return_entropy
         )
-        self._keep(chunk, logprobs, entropy)
+        self.keep(chunk, logprobs, entropy)
+        return state
 
-    def learn(self, chunk: Chunk) -> None:
-        """Log-probabilities and every gradient."""
-        h, z = self.logits(chunk)
-        grads = z[: chunk.count]
-        tokens = self.tokens.changed(lambda x: x[chunk.rows])
-        logprobs, entropy, upstream = policy_rows.run(
-            self.backend, grads, grads, self._of_rows(chunk), tokens, self.return_entropy
-        )
-        self._keep(chunk, logprobs, entropy)
+    def keep(self, chunk: Chunk, logprobs: Tensor, entropy: Tensor) -> None:
+        self.logprobs[chunk.rows] = logprobs
+        if self.return_entropy:
+            self.entropy[chunk.rows] = entropy
+
+    def of_rows(self, chunk: Chunk) -> RowArguments:
+        ids, mask, temperature = (chunk.of(x) for x in self.rows[:3])
+        assert ids is not None
+        return RowArguments(ids, mask, temperature, self.rows.temperature, self.rows.softcap)
+
+    def multiply(self, chunk: Chunk, h: Tensor, z: Tensor) -> None:
+        """The gradients, from that of the logits, which has taken their place."""
         z[chunk.count :] = 0
+        grads = z[: chunk.count]
         if self.grad_hidden is not None:
             self.grad_hidden[chunk.rows] = torch.mm(z, self.head.weight)[: chunk.count]
         if self.of_weight is not None:
@@ -128,49 +142,169 @@ class _Pass:
         if self.of_bias is not None:
             self.of_bias.add(grads)
 
-    def _of_rows(self, chunk: Chunk) -> RowArguments:
-        ids, mask, temperature = (chunk.of(x) for x in self.rows[:3])
-        assert ids is not None
-        return RowArguments(ids, mask, temperature, *self.rows[3:])
-
-    def _keep(self, chunk: Chunk, logprobs: Tensor, entropy: Tensor) -> None:
-        self.logprobs[chunk.rows] = logprobs
-        if self.return_entropy:
-            self.entropy[chunk.rows] = entropy
-
-    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+    def gradients(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
         like = self.head.hidden
         return (
-            like.new_empty(0) if self.grad_hidden is None else self.grad_hidden,
+            like.new_empty(0) if self.grad_hidden is None else self.grad_hidden.view(shape),
             like.new_empty(0) if self.of_weight is None else self.of_weight.result(),
             like.new_empty(0) if self.of_bias is None else self.of_bias.result(),
         )
 
 
-def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Any:
+def _flat_head(hidden: Tensor, *rest: Any) -> Head:
+    return Head(hidden.reshape(-1, hidden.shape[-1]), *rest)
+
+
+# ---- losses that are separable by token ----------------------------------------------------------
+
+
+def _by_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Any:
     rows, tokens = RowArguments(*args[:5]), TokenArguments(*args[5:13])
     whole = WholeArguments(*args[13:18])
     return_entropy, active, metrics, count, invariant, backend, needs = args[18:]
     shape = hidden.shape[:-1]
-    head = Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, count, invariant)
-    flat_tokens = tokens.changed(lambda x: x.flatten(0, len(shape) - 1))
-    done = _Pass(head, rows.flat(), flat_tokens, return_entropy, backend, needs)
-    mask = done.rows.mask
+    head = _flat_head(hidden, weight, bias, count, invariant)
+    done = _Pass(head, rows.flat(), return_entropy, backend, needs)
+    flat = tokens.flat()
+    total, mask = head.hidden.shape[0], done.rows.mask
     learns = mask
     if active is not None:
         active = active.reshape(-1)
         learns = active if mask is None else active & mask
         if metrics:
-            for chunk in chunks(head.hidden, ~active if mask is None else mask & ~active, count):
-                done.look(chunk)
-    for chunk in chunks(head.hidden, learns, count):
-        done.learn(chunk)
+            for chunk in chunks(total, ~active if mask is None else mask & ~active, count):
+                done.look(chunk, done.logits(chunk)[1])
+    for chunk in chunks(total, learns, count):
+        h, z = done.logits(chunk)
+        grads = z[: chunk.count]
+        logprobs, entropy, _ = policy_rows.run(
+            backend,
+            grads,
+            grads,
+            done.of_rows(chunk),
+            flat.rows(chunk.rows),
+            return_entropy,
+        )
+        done.keep(chunk, logprobs, entropy)
+        done.multiply(chunk, h, z)
+    kept = done.entropy.view(shape) if return_entropy else None
+    value, vector = loss_and_metrics(
+        backend, done.logprobs.view(shape), kept, rows.mask, tokens[:6], whole
+    )
+    return value, vector, *done.gradients(hidden.shape)
+
+
+# ---- losses that couple the tokens of a sequence -------------------------------------------------
+
+
+class _Run(NamedTuple):
+    """Sequences that are worked on together, and their tokens."""
+
+    first: int
+    last: int
+    begin: int
+    end: int
+
+
+def _runs(shape: torch.Size, offsets: Tensor | None, rows: int) -> Iterator[_Run]:
+    """As many whole sequences as fit into a chunk; a longer one by itself. Packed ones on a GPU all
+    at once: where they end is not known here without a wait."""
+    if offsets is None:
+        count, length = shape
+        step = max(rows // max(length, 1), 1)
+        for first in range(0, count, step):
+            last = min(first + step, count)
+            yield _Run(first, last, first * length, last * length)
+        return
+    count = offsets.shape[0] - 1
+    if offsets.device.type != "cpu":
+        yield _Run(0, count, 0, shape[0])
+        return
+    ends = offsets.tolist()
+    first = 0
+    while first < count:
+        last = first + 1
+        while last < count and ends[last + 1] - ends[first] <= rows:
+            last += 1
+        yield _Run(first, last, ends[first], ends[last])
+        first = last
+
+
+def _by_sequences(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Any:
+    rows, given = RowArguments(*args[:5]), SequenceArguments(*args[5:12])
+    whole = WholeArguments(*args[12:17])
+    return_entropy, count, invariant, backend, needs = args[17:]
+    shape = hidden.shape[:-1]
+    head = _flat_head(hidden, weight, bias, count, invariant)
+    done = _Pass(head, rows.flat(), return_entropy, backend, needs)
+    for run in _runs(shape, whole.offsets, count):
+        parts = list(chunks(head.hidden.shape[0], done.rows.mask, count, run.begin, run.end))
+        held, states = None, []
+        for chunk in parts:
+            held = done.logits(chunk)
+            states.append(done.look(chunk, held[1]))
+        g, e = _upstream(done, run, shape, rows.mask, given, whole, backend)
+        for chunk, state in zip(parts, states, strict=True):
+            h, z = held if len(parts) == 1 and held is not None else done.logits(chunk)
+            _register.overload("token_logprobs_bwd_", backend)(
+                chunk.of(g), chunk.of(e), z[: chunk.count], *done.of_rows(chunk),
+                chunk.of(done.logprobs),
+                chunk.of(done.entropy) if return_entropy else done.entropy, state,
+            )  # fmt: skip
+            done.multiply(chunk, h, z)
     entropy = done.entropy.view(shape) if return_entropy else None
     value, vector = loss_and_metrics(
-        backend, done.logprobs.view(shape), entropy, rows.mask, tokens, whole
+        backend, done.logprobs.view(shape), entropy, rows.mask, given[:6], whole
     )
-    grad_hidden, grad_weight, grad_bias = done.gradients()
-    return value, vector, grad_hidden.view(hidden.shape if needs[0] else 0), grad_weight, grad_bias
+    return value, vector, *done.gradients(hidden.shape)
+
+
+def _upstream(
+    done: _Pass,
+    run: _Run,
+    shape: torch.Size,
+    mask: Tensor | None,
+    given: SequenceArguments,
+    whole: WholeArguments,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    """The loss's gradients with respect to log-probability and entropy, flat, right in the run."""
+    packed = whole.offsets is not None
+    span = slice(run.begin, run.end) if packed else slice(run.first, run.last)
+    offsets = None
+    if whole.offsets is not None:
+        offsets = whole.offsets[run.first : run.last + 1] - run.begin
+
+    def part(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        by_sequence = (
+            x.dim() == 1 and x is given.advantages and x.shape[0] == _sequences(shape, whole)
+        )
+        return x[run.first : run.last] if by_sequence else x[span]
+
+    advantages, old, ref, rollout, weights, entropy_mask = (part(x) for x in given[:6])
+    entropy = part(done.entropy.view(shape)) if done.return_entropy else None
+    wants_entropy = whole.options[11] != 0  # entropy_coef
+    _, _, g, e, scale = _register.overload("policy_loss", backend)(
+        part(done.logprobs.view(shape)), advantages, part(mask), old, ref, rollout, entropy,
+        weights, entropy_mask, offsets, *given.denominators.unbind(), whole.options, True,
+        wants_entropy,
+    )  # fmt: skip
+
+    def placed(x: Tensor, factor: Tensor) -> Tensor:
+        full = torch.zeros_like(done.logprobs)
+        full[run.begin : run.end] = x.reshape(-1) * factor
+        return full
+
+    return placed(g, scale[0]), placed(e, scale[1]) if wants_entropy else None
+
+
+def _sequences(shape: torch.Size, whole: WholeArguments) -> int:
+    return shape[0] if whole.offsets is None else whole.offsets.shape[0] - 1
+
+
+# ---- autograd ------------------------------------------------------------------------------------
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -202,7 +336,11 @@ def _fake(hidden, weight, bias, *rest):
     )
 
 
-_register.register_composite("policy_loss_hidden", _forward, _fake)
-torch.library.register_autograd(
-    "rlkern::policy_loss_hidden", _backward, setup_context=_setup_context, lib=_register.LIBRARY
-)
+for _name, _function in (
+    ("policy_loss_hidden", _by_tokens),
+    ("policy_loss_sequences", _by_sequences),
+):
+    _register.register_composite(_name, _function, _fake)
+    torch.library.register_autograd(
+        f"rlkern::{_name}", _backward, setup_context=_setup_context, lib=_register.LIBRARY
+    )

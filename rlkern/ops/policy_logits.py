@@ -7,6 +7,7 @@ sequence, and calls without a gradient, are token_logprobs and policy_loss one a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,14 +46,15 @@ def loss_and_metrics(
     logprobs: Tensor,
     entropy: Tensor | None,
     mask: Tensor | None,
-    tokens: TokenArguments,
+    given: Sequence[Any],
     whole: WholeArguments,
 ) -> tuple[Tensor, Tensor]:
-    """Of all tokens, without gradients."""
+    """Of all tokens, without gradients. `given`: advantages, old_logprobs, ref_logprobs,
+    rollout_logprobs, token_weights and entropy_mask."""
+    advantages, old, ref, rollout, weights, entropy_mask = given
     value, vector, *_ = _register.overload("policy_loss", backend)(
-        logprobs, tokens.advantages, mask, tokens.old_logprobs, tokens.ref_logprobs,
-        tokens.rollout_logprobs, entropy, tokens.token_weights, tokens.entropy_mask, *whole, False,
-        False,
+        logprobs, advantages, mask, old, ref, rollout, entropy, weights, entropy_mask, *whole,
+        False, False,
     )  # fmt: skip
     return value, vector
 
@@ -113,7 +115,7 @@ def _into(
 ) -> tuple[Tensor, Tensor]:
     logprobs, entropy, _ = policy_rows.run(backend, logits, grad, rows, tokens, return_entropy)
     kept = entropy if return_entropy else None
-    return loss_and_metrics(backend, logprobs, kept, rows.mask, tokens, whole)
+    return loss_and_metrics(backend, logprobs, kept, rows.mask, tokens[:6], whole)
 
 
 class _Inplace(torch.autograd.Function):

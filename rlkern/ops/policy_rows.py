@@ -51,8 +51,14 @@ class TokenArguments(NamedTuple):
     scales: Tensor
     options: list[float]
 
-    def changed(self, change: Callable[[Tensor], Tensor]) -> TokenArguments:
-        """With every tensor replaced."""
+    def flat(self) -> TokenArguments:
+        return self._changed(lambda x: x.flatten(0, self.advantages.dim() - 1))
+
+    def rows(self, rows: slice | Tensor) -> TokenArguments:
+        """Of some tokens, from flat ones."""
+        return self._changed(lambda x: x[rows])
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> TokenArguments:
         *tensors, options = self
         changed: Any = [x if x is None else change(x) for x in tensors]
         return TokenArguments(*changed, options)  # type: ignore[call-arg]
@@ -68,24 +74,49 @@ def is_separable(loss: Any) -> bool:
     )
 
 
-def token_arguments(loss: Any, batch: definition.Batch, given: Denominators) -> TokenArguments:
-    """The loss as a plain sum over tokens, and what the aggregation multiplies each token by."""
-    dtype = batch.advantages.dtype
-    shape = batch.logprobs.shape
-    mask = torch.ones(shape, dtype=torch.float64, device=batch.advantages.device)
+def _whole(
+    loss: Any, batch: definition.Batch, given: Denominators
+) -> tuple[Sequences, Tensor, Tensor]:
+    """The sequences, what divides the policy term, and what divides the entropy bonus, in float64
+    and of the whole batch."""
+    mask = torch.ones(batch.logprobs.shape, dtype=torch.float64, device=batch.advantages.device)
     if batch.mask is not None:
         mask = batch.mask.to(torch.float64)
     sequences = Sequences(mask, batch.offsets)
-    advantages = batch.advantages
-    if batch.advantage_per_sequence:
-        advantages = sequences.spread(advantages)
     own, _ = denominator(loss, given, sequences)
-    policy = sequences.spread(token_weight(loss, sequences) / own)
-    bonus = policy
+    bonus = own
     if loss.entropy_coef and loss.entropy_aggregation != "same":
         chosen = mask if batch.entropy_mask is None else mask * batch.entropy_mask
         count = given.entropy_normalizer
-        bonus = torch.ones_like(mask) / (chosen.sum().clamp(min=1) if count is None else count)
+        bonus = chosen.sum().clamp(min=1) if count is None else own * 0 + count
+    return sequences, own, bonus
+
+
+def whole_denominators(loss: Any, batch: definition.Batch, given: Denominators) -> Tensor:
+    """normalizer, num_sequences and entropy_normalizer, [3], so that parts of the batch add up."""
+    _, own, bonus = _whole(loss, batch, given)
+    normalizer = num_sequences = own * math.nan
+    if loss.aggregation == "token_mean":
+        normalizer = own
+    elif loss.aggregation.startswith("seq_mean"):
+        num_sequences = own
+        if loss.aggregation == "seq_mean_token_sum_norm":
+            assert given.normalizer is not None
+            normalizer = own * 0 + given.normalizer
+            num_sequences = own / normalizer
+    return torch.stack([normalizer, num_sequences, bonus])
+
+
+def token_arguments(loss: Any, batch: definition.Batch, given: Denominators) -> TokenArguments:
+    """The loss as a plain sum over tokens, and what the aggregation multiplies each token by."""
+    sequences, own, bonus_divisor = _whole(loss, batch, given)
+    advantages = batch.advantages
+    if batch.advantage_per_sequence:
+        advantages = sequences.spread(advantages)
+    policy = sequences.spread(token_weight(loss, sequences) / own)
+    bonus = policy
+    if loss.entropy_coef and loss.entropy_aggregation != "same":
+        bonus = torch.ones_like(policy) / bonus_divisor
 
     def flat(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.contiguous()
@@ -98,7 +129,7 @@ def token_arguments(loss: Any, batch: definition.Batch, given: Denominators) -> 
         flat(batch.rollout_logprobs),
         flat(batch.token_weights),
         flat(batch.entropy_mask),
-        torch.stack([policy, bonus], -1).to(dtype),
+        torch.stack([policy, bonus], -1).to(batch.advantages.dtype),
         loss.token_sum_numbers + [math.nan] * 3,
     )
 

@@ -390,9 +390,15 @@ def test_only_the_products_that_are_needed(backend, products):
     assert taken(False, False) == 1
     with torch.no_grad():
         assert taken(True, True) == 1
+    # Sequences that fit into a chunk are as good; longer ones take the logits twice.
     coupled = LOSSES["rloo"]
     batch = HeadBatch(coupled)
-    assert taken(True, True, coupled) == 4
+    assert taken(True, True, coupled) == 3
+    batch = HeadBatch(coupled, sequences=1, length=100)
+    batch.given["mask"][:] = True
+    products.clear()
+    from_hidden(coupled, batch, memory_budget=1)
+    assert len(products) == 4 * 2  # two chunks of 64 tokens
 
 
 @pytest.mark.parametrize("metrics", [True, False])
