@@ -30,6 +30,7 @@ class Layout:
     def __init__(self, name: str, values: object, cu_seqlens: object) -> None:
         self.name = name
         tensor = self._float(values, name)
+        _checks.refuse_tangent(tensor, name)
         self.shape = tensor.shape
         self.device = tensor.device
         self.dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
@@ -113,8 +114,10 @@ class Layout:
         if value is None:
             return None
         if self._is_ready(value, self.dtype, self.shape):
+            _checks.refuse_tangent(value, name)
             return value
         tensor = self._float(value, name)
+        _checks.refuse_tangent(tensor, name)
         self._require(tensor, name, (self.shape,))
         return self._ready(tensor)
 
