@@ -41,7 +41,7 @@ class PolicyHeads:
     each entry point."""
 
     @cached_property
-    def token_sum_numbers(self: Any) -> list[float]:
+    def _token_sum_numbers(self: Any) -> tuple[float, ...]:
         """Of this loss as a plain sum over tokens."""
         return numbers(
             replace(

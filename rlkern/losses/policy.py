@@ -171,7 +171,7 @@ class PolicyLoss(PolicyHeads):
         self._check_ranges()
         self._check_contradictions()
         # Filled now, so that torch.compile finds plain attributes.
-        _ = self.numbers, self._names
+        _ = self._numbers, self._names
 
     def _take_defaults(self) -> None:
         defaults = _DEFAULTS[self.surrogate]
@@ -242,7 +242,7 @@ class PolicyLoss(PolicyHeads):
 
     # What every call needs again.
     @cached_property
-    def numbers(self) -> list[float]:
+    def _numbers(self) -> tuple[float, ...]:
         """The fields as the operator takes them."""
         return numbers(self)
 

@@ -29,6 +29,7 @@ class Layout:
 
     def __init__(self, name: str, values: object, cu_seqlens: object) -> None:
         tensor = self._float(values, name)
+        _checks.refuse_tangent(tensor, name)
         self._take(name, tensor.shape, tensor, cu_seqlens)
         self.values = self._ready(tensor)
 
@@ -126,8 +127,10 @@ class Layout:
         if value is None:
             return None
         if self._is_ready(value, self.dtype, self.shape):
+            _checks.refuse_tangent(value, name)
             return value
         tensor = self._float(value, name)
+        _checks.refuse_tangent(tensor, name)
         self._require(tensor, name, (self.shape,))
         return self._ready(tensor)
 

@@ -60,11 +60,8 @@ def kl_penalty(
             raise ValueError(
                 f"{name}: expected device {logprobs.device} (logprobs'), got {tensor.device}"
             )
-    if ref.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "ref_logprobs: expected a tensor that needs no gradient (none is computed for it), "
-            "got one with requires_grad=True; pass ref_logprobs.detach()"
-        )
+    _checks.refuse_tangent(logprobs, "logprobs")
+    ref = _checks.without_gradient(ref, "ref_logprobs")
     if mask is not None:
         if mask.is_floating_point() or mask.is_complex():
             raise TypeError(f"mask: expected bool or an integer type, got {mask.dtype}")

@@ -59,12 +59,13 @@ def options(loss: Any, given: Denominators) -> list[float]:
 
     A denominator that was not given, or comes as a tensor, as NaN.
     """
-    return loss.numbers + [
+    denominators = [
         math.nan if value is None or isinstance(value, Tensor) else float(value) for value in given
     ]
+    return [*loss._numbers, *denominators]
 
 
-def numbers(loss: Any) -> list[float]:
+def numbers(loss: Any) -> tuple[float, ...]:
     """The objective's part of the options, the same at every call: names as their place in their
     list; a bound that is left out as infinity.
     """
@@ -104,7 +105,7 @@ def numbers(loss: Any) -> list[float]:
         or_zero(loss.vespo_k_neg),
         or_zero(loss.vespo_lambda_neg),
     ]
-    return [float(number) for number in result]
+    return tuple(float(number) for number in result)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -130,7 +130,7 @@ def token_arguments(loss: Any, batch: definition.Batch, given: Denominators) -> 
         flat(batch.token_weights),
         flat(batch.entropy_mask),
         torch.stack([policy, bonus], -1).to(batch.advantages.dtype),
-        loss.token_sum_numbers + [math.nan] * 3,
+        [*loss._token_sum_numbers, *[math.nan] * 3],
     )
 
 

@@ -213,8 +213,9 @@ def test_leaf_files_export_no_weak_symbols(source, tmp_path):
     for leaf in sorted((source / "csrc/cpu/kernels").glob("*.cpp")):
         for optimisation in ("-O0", "-O3"):
             command(
-                compiler, "-std=c++17", optimisation, "-w", "-DRLKERN_ISA=portable",
-                "-DRLKERN_VECTOR_BYTES=16", "-c", leaf, "-o", tmp_path / "leaf.o",
+                compiler, "-std=c++17", optimisation, "-w", "-fno-exceptions",
+                "-DRLKERN_ISA=portable", "-DRLKERN_VECTOR_BYTES=16", "-c", leaf,
+                "-o", tmp_path / "leaf.o",
             )  # fmt: skip
             symbols = command("nm", "-C", tmp_path / "leaf.o").splitlines()
             assert not [s for s in symbols if s.split()[-2:-1] and s.split()[1:2] in (["W"], ["V"])]

@@ -55,7 +55,7 @@ class HeadBatch:
         self.ids = torch.randint(vocab, shape)
         # The mask has holes, and one sequence is empty.
         mask = torch.rand(shape) < 0.8
-        mask[1] = False
+        mask[1:2] = False
         self.advantages = torch.randn(shape if per_token else (sequences,))
         # Half a nat around the policy that is differentiated, so that some ratios are clipped.
         logits = (self.hidden.double() @ self.weight.double().t()).log_softmax(-1)
@@ -91,7 +91,7 @@ class HeadBatch:
 
 def in_steps(loss, batch, upstream=1.0, temperature=1.0):
     """Loss, metrics' vector, gradients of logits, hidden and weight, in float64 eager PyTorch."""
-    hidden, weight = (x.double().requires_grad_() for x in (batch.hidden, batch.weight))
+    hidden, weight = (x.double().clone().requires_grad_() for x in (batch.hidden, batch.weight))
     logits = hidden @ weight.t()
     logits.retain_grad()
     log_p = (logits / temperature).log_softmax(-1)
