@@ -94,12 +94,31 @@ def chunks(
         yield Chunk(slice(first, last), last - first)
 
 
-def products(hidden: Tensor, chunk: Chunk, rows: int, invariant: bool) -> Tensor:
-    """The hidden states of a chunk, padded to the shape that every product has."""
-    part = hidden[chunk.rows]
-    if not invariant or chunk.count == rows:
-        return part
-    return torch.cat([part, part.new_zeros(rows - chunk.count, part.shape[1])])
+class Logits:
+    """The logits of one chunk after the other, in the same memory: fresh memory is mapped at its
+    first write, which takes as long as the row pass does."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: int, invariant: bool
+    ) -> None:
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.rows, self.invariant = rows, invariant
+        self.memory = hidden.new_empty(0, weight.shape[0])
+
+    def of(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """Hidden states and logits; with `invariant` padded to the shape that every product has.
+        The next call writes over the logits."""
+        h = self.hidden[chunk.rows]
+        if self.invariant and chunk.count < self.rows:
+            h = torch.cat([h, h.new_zeros(self.rows - chunk.count, h.shape[1])])
+        if self.memory.shape[0] < h.shape[0]:
+            self.memory = self.hidden.new_empty(h.shape[0], self.weight.shape[0])
+        z = self.memory[: h.shape[0]]
+        if self.bias is None:
+            torch.mm(h, self.weight.t(), out=z)
+        else:
+            torch.addmm(self.bias, h, self.weight.t(), out=z)
+        return h, z
 
 
 class GradientSum:

@@ -17,11 +17,11 @@ from rlkern.ops import _checks, _register
 from rlkern.ops._head import (
     MEMORY_BUDGET,
     GradientSum,
+    Logits,
     checked_budget,
     checked_products,
     chunk_rows,
     chunks,
-    products,
 )
 from rlkern.ops.policy_rows import RowArguments
 from rlkern.ops.token_logprobs import TokenLogprobs
@@ -166,8 +166,9 @@ def _forward(
     entropy = hidden.new_zeros(total if return_entropy else 0, dtype=dtype)
     state = hidden.new_zeros((total, 2), dtype=dtype)
     row_pass = _register.overload("token_logprobs", backend)
+    logits = Logits(hidden, weight, bias, rows, invariant)
     for chunk in chunks(hidden.shape[0], mask, rows):
-        z = reference.logits(products(hidden, chunk, rows, invariant), weight, bias)
+        _, z = logits.of(chunk)
         logprobs[chunk.rows], found, state[chunk.rows] = row_pass(
             z[: chunk.count], chunk.of(token_ids), chunk.of(mask), chunk.of(token_temperature),
             temperature, softcap, return_entropy,
@@ -186,9 +187,9 @@ def _backward(
     of_weight = GradientSum(weight) if needs_weight else None
     of_bias = GradientSum(bias) if needs_bias else None
     row_pass = _register.overload("token_logprobs_bwd_", backend)
+    logits = Logits(hidden, weight, bias, rows, invariant)
     for chunk in chunks(hidden.shape[0], mask, rows):
-        h = products(hidden, chunk, rows, invariant)
-        z = reference.logits(h, weight, bias)
+        h, z = logits.of(chunk)
         grads = z[: chunk.count]
         row_pass(
             chunk.of(grad_logprobs), chunk.of(grad_entropy), grads, chunk.of(token_ids),

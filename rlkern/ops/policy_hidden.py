@@ -16,12 +16,11 @@ from torch import Tensor
 
 from rlkern import _backend
 from rlkern.ops import _register, policy_rows
-from rlkern.ops._head import Chunk, GradientSum, chunks, products
+from rlkern.ops._head import Chunk, GradientSum, Logits, chunks
 from rlkern.ops.linear_token_logprobs import head_logprobs
 from rlkern.ops.policy_logits import WholeArguments, loss_and_metrics, whole_arguments
 from rlkern.ops.policy_loss import METRICS, policy_loss
 from rlkern.ops.policy_rows import RowArguments, TokenArguments
-from rlkern.reference import linear_token_logprobs as reference
 from rlkern.reference import policy_loss as definition
 from rlkern.reference.aggregation import Denominators
 
@@ -102,16 +101,13 @@ class _Pass:
     ) -> None:
         self.head, self.rows, self.backend = head, rows, backend
         self.return_entropy = return_entropy
+        self.logits = Logits(*head)
         hidden, total = head.hidden, head.hidden.shape[0]
         self.logprobs = hidden.new_zeros(total, dtype=torch.float32)
         self.entropy = hidden.new_zeros(total if return_entropy else 0, dtype=torch.float32)
         self.grad_hidden = torch.zeros_like(hidden) if needs[0] else None
         self.of_weight = GradientSum(head.weight) if needs[1] else None
         self.of_bias = GradientSum(head.bias) if needs[2] and head.bias is not None else None
-
-    def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        h = products(self.head.hidden, chunk, self.head.rows, self.head.invariant)
-        return h, reference.logits(h, self.head.weight, self.head.bias)
 
     def look(self, chunk: Chunk, z: Tensor) -> Tensor:
         """Log-probabilities and entropy; returns the row pass's state."""
@@ -173,9 +169,9 @@ def _by_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) 
         learns = active if mask is None else active & mask
         if metrics:
             for chunk in chunks(total, ~active if mask is None else mask & ~active, count):
-                done.look(chunk, done.logits(chunk)[1])
+                done.look(chunk, done.logits.of(chunk)[1])
     for chunk in chunks(total, learns, count):
-        h, z = done.logits(chunk)
+        h, z = done.logits.of(chunk)
         grads = z[: chunk.count]
         logprobs, entropy, _ = policy_rows.run(
             backend,
@@ -241,11 +237,11 @@ def _by_sequences(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: An
         parts = list(chunks(head.hidden.shape[0], done.rows.mask, count, run.begin, run.end))
         held, states = None, []
         for chunk in parts:
-            held = done.logits(chunk)
+            held = done.logits.of(chunk)
             states.append(done.look(chunk, held[1]))
         g, e = _upstream(done, run, shape, rows.mask, given, whole, backend)
         for chunk, state in zip(parts, states, strict=True):
-            h, z = held if len(parts) == 1 and held is not None else done.logits(chunk)
+            h, z = held if len(parts) == 1 and held is not None else done.logits.of(chunk)
             _register.overload("token_logprobs_bwd_", backend)(
                 chunk.of(g), chunk.of(e), z[: chunk.count], *done.of_rows(chunk),
                 chunk.of(done.logprobs),
@@ -308,6 +304,8 @@ def _sequences(shape: torch.Size, whole: WholeArguments) -> int:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    # Or the backward would be handed zeros in the shape of each result, gradients included.
+    ctx.set_materialize_grads(False)
     _, *constants = output
     ctx.mark_non_differentiable(*constants)
     ctx.save_for_backward(*constants[1:])

@@ -162,6 +162,8 @@ def _forward(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    # Or the backward would be handed zeros in the shape of each result, gradients included.
+    ctx.set_materialize_grads(False)
     _, vector, grad = output
     ctx.mark_non_differentiable(vector, grad)
     ctx.save_for_backward(grad)

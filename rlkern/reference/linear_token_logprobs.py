@@ -9,15 +9,7 @@ so that the row pass over h W^T + b needs no product of its own for it.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-
-
-def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[N, D], [V, D], [V] -> [N, V], in their dtype."""
-    if bias is None:
-        return torch.mm(hidden, weight.t())
-    return torch.addmm(bias, hidden, weight.t())
 
 
 def without_scale(
