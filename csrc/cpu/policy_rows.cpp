@@ -62,16 +62,21 @@ const T* per_token(const std::optional<Tensor>& tensor, int64_t values, ScalarTy
   return static_cast<const T*>(tensor->data_ptr());
 }
 
-// The exponentials of a row, and the maxima of its blocks.
+// Room for the exponentials of a row and the maxima of its blocks. Exponentials of fp32 logits lie
+// where the gradient will: half the traffic. Unless the gradient looks at the logits once more, for
+// a cap or an entropy.
 class KeptRow {
  public:
-  explicit KeptRow(int64_t vocab)
-      : blocks_((vocab + kRowBlock - 1) / kRowBlock),
-        values_(new float[blocks_ * (kRowBlock + 1)]) {}
-  RowKept view() const { return {values_.get(), values_.get() + blocks_ * kRowBlock}; }
+  KeptRow(int64_t vocab, bool in_gradient)
+      : own_(in_gradient ? 0 : vocab),
+        values_(new float[own_ + (vocab + kRowBlock - 1) / kRowBlock]) {}
+  RowKept view(void* gradient) const {
+    float* exponentials = own_ > 0 ? values_.get() : static_cast<float*>(gradient);
+    return {exponentials, values_.get() + own_};
+  }
 
  private:
-  int64_t blocks_;
+  int64_t own_;
   std::unique_ptr<float[]> values_;
 };
 
@@ -101,7 +106,8 @@ Results over_rows(const LogitRows& rows, const Tensor& logits, const TokenInputs
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
   torch::stable::parallel_for(0, rows.grid.size(), rows.grain(), [&](int64_t begin, int64_t end) {
-    const KeptRow kept(rows.vocab);
+    const bool plain = rows.type == LogitType::kFloat && rows.softcap == 0 && o.entropy_coef == 0;
+    const KeptRow room(rows.vocab, plain);
     PolicyTotals ignored;
     ignored.clear();
     for (int64_t i = begin; i < end; ++i) {
@@ -114,7 +120,8 @@ Results over_rows(const LogitRows& rows, const Tensor& logits, const TokenInputs
         continue;
       }
       RowForward pass;
-      forward(rows.row(i), return_entropy, kept.view(), &pass);
+      const RowKept kept = room.view(row_grad);
+      forward(rows.row(i), return_entropy, kept, &pass);
       const TokenLogprob<double> result = token_logprob(pass.others, pass.target);
       logp[i] = static_cast<float>(result.logprob);
       if (ent != nullptr) ent[i] = static_cast<float>(result.entropy);
@@ -129,8 +136,7 @@ Results over_rows(const LogitRows& rows, const Tensor& logits, const TokenInputs
       }
       const auto t =
           token_gradient<float>(up[0], up[1], logp[i], ent == nullptr ? 0 : ent[i], log_sum);
-      backward(rows.row(i), {pass.max, log_sum, t.constant, t.slope, t.target}, kept.view(),
-               row_grad);
+      backward(rows.row(i), {pass.max, log_sum, t.constant, t.slope, t.target}, kept, row_grad);
     }
   });
   return out;

@@ -149,9 +149,13 @@ void forward_row(const LogitRow& row, const RowKept& kept, RowForward* out) {
     // A maximum of -inf has seen nothing but -inf, of which no difference may be taken, and NaN,
     // which must still reach the sum.
     const float base = max == -kInf ? 0.0f : max;
+    // Beyond the row's end may lie another one: its last block takes a detour.
+    alignas(64) float last[kKeep ? kBlock : 1];
+    float* const place = kKeep ? kept.exponentials + begin : nullptr;
+    const bool whole = count == kBlock;
     sum_block<kEntropy, kKeep>(values, (count + kStep - 1) / kStep * kStep, base, scale,
-                               x + begin + kBlock, kKeep ? kept.exponentials + begin : nullptr,
-                               &state);
+                               x + begin + kBlock, whole ? place : last, &state);
+    if (kKeep && !whole) __builtin_memcpy(place, last, count * sizeof(float));
     if (kKeep) kept.maxima[begin / kBlock] = max;
   }
   out->others = {max * inv_temperature, state.sum, state.weighted * inv_temperature};

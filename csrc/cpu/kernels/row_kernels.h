@@ -38,7 +38,7 @@ struct RowBackward {
 // kRowBlock.
 constexpr long long kRowBlock = 1024;
 struct RowKept {
-  float* exponentials;  // row.size, rounded up to whole blocks
+  float* exponentials;  // row.size; fp32 logits' own place, where nothing asks for them again
   float* maxima;        // one a block; -inf where nothing but -inf has come
 };
 
