@@ -63,8 +63,8 @@ def group_advantages(
     reward is left out of all statistics, and its advantage is 0. An infinite one makes all
     advantages NaN that a statistic with it enters: its group's where mu or sigma is the group's,
     the batch's where one of them is the batch's or several rewards are normalised over it, also
-    where it is a single reward. Other groups do not feel it; where no statistic enters, s - mu is
-    infinite. Statistics are taken in float64, about one of the group's rewards: 1e6 + {0, 1} gives
+    where it is a single reward. With statistics of groups alone other groups do not feel it; where
+    no statistic enters, s - mu is infinite. Statistics are taken in float64, about one of the group's rewards: 1e6 + {0, 1} gives
     +-0.707. The kernels give the same call twice the same bits; eager PyTorch, where float64 runs,
     need not.
 
