@@ -64,9 +64,10 @@ def group_advantages(
     advantages NaN that a statistic with it enters: its group's where mu or sigma is the group's,
     the batch's where one of them is the batch's or several rewards are normalised over it, also
     where it is a single reward. With statistics of groups alone other groups do not feel it; where
-    no statistic enters, s - mu is infinite. Statistics are taken in float64, about one of the group's rewards: 1e6 + {0, 1} gives
-    +-0.707. The kernels give the same call twice the same bits; eager PyTorch, where float64 runs,
-    need not.
+    no statistic enters, s - mu is infinite.
+
+    Statistics are taken in float64, about one of the group's rewards: 1e6 + {0, 1} gives +-0.707.
+    The kernels give the same call twice the same bits; eager PyTorch, where float64 runs, need not.
 
     Several rewards per completion, [N, K] (GDPO): each column is normalised as above; then their
     weighted sum, to which a NaN cell adds 0, is normalised over the batch.
