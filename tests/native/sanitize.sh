@@ -20,5 +20,5 @@ export PYTHONPATH="$lib"
 # By test id: those of native backends, and those that call native operators without saying so.
 # Compiled graphs start compilers, which the preloaded runtime slows to a crawl.
 "$bin/pytest" tests/ops tests/losses tests/advantages -q \
-  -k "((native or million_rewards or random_batches or operator or handed_out or opcheck) \
+  -k "((native or million_rewards or random_batches or operator or handed_out) \
     and not inductor and not compile) or guard or refused"
