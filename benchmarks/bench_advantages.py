@@ -197,8 +197,10 @@ GROUP_QUICK_SHAPE = {"rewards": 2048}
 #: Mean completions of a prompt; the groups have from 2 to 14.
 GROUP_MEAN = 8
 EPS = 1e-4
-# An advantage is at most a few: fp32 sums of a group's rewards are good to a few ulp of them, over
-# a deviation that two rewards of a small group may make as small as 1e-2.
+# The slack that fp32 peers need; rlkern itself rounds once. A peer's mean is off by 2^-24 of the
+# sum of its rewards, up to 4, so 2.4e-7, which is divided by the deviation. Some 630 of the groups
+# are pairs, whose differences are N(0, 2): the closest pair is about 1 / (0.56 * 630) apart, a
+# deviation of 2e-3, and 1.2e-4 is what comes out. Eight times that lets a pair be closer.
 GROUP_TOLERANCE = 1e-3
 SORTED, SHUFFLED = "ragged groups, sorted", "ragged groups, shuffled"
 
@@ -293,7 +295,10 @@ def worst(outputs, exact) -> float:
 
 WHITEN_SHAPE = {"sequences": 512, "tokens": 4096}
 WHITEN_QUICK_SHAPE = {"sequences": 8, "tokens": 256}
-# Values up to six deviations, from an fp32 mean and variance of 1e6 values.
+# The slack that fp32 peers need; rlkern itself rounds once. Of 2^21 values a compiled loop with 16
+# lanes sums 2^17 in a row, whose roundings walk to sqrt(2^17) * 2^-24 = 2e-5 of the sum: as much
+# for the mean in deviations, half as much for the factor. Relative above 1 that makes 3e-5; three
+# times that lets the walk go further.
 WHITEN_TOLERANCE = 1e-4
 WHITEN = "masked whitening"
 

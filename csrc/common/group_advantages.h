@@ -90,7 +90,7 @@ RLKERN_INLINE GroupSummary group_summary(const GroupOptions& o, const GroupSums&
   g.mean_rise = s.rise / n;
   const double squares = s.rise_squared - s.rise * g.mean_rise;
   const double degrees = o.unbiased ? s.size - 1 : s.size;
-  // Rounding may take it below 0; an infinite reward makes it NaN, which stays.
+  // Rounding may take it below 0.
   g.deviation = square_root((squares < 0 ? 0 : squares) / (degrees > 1 ? degrees : 1));
   g.weighted_rise = s.length > 0 ? s.length_rise / s.length : g.mean_rise;
   return g;
@@ -109,7 +109,8 @@ RLKERN_INLINE GroupSums merged(const GroupSums& a, const GroupSums& b) {
 }
 
 // An advantage is (x - centre) * factor of every x in the group, and 0 where the factor is: of
-// the reward itself, less `given`, or of its lead (group_subject).
+// the reward itself, less `given`, or of its lead (group_subject). An infinite reward makes the
+// centre NaN, never the factor 0.
 struct GroupForm {
   double centre;
   double factor;
@@ -117,8 +118,14 @@ struct GroupForm {
   RLKERN_HD double advantage(double x) const { return factor == 0 ? 0 : (x - centre) * factor; }
 };
 
+// An infinite reward lets no sum of rises be finite, whichever reward they rise from.
+RLKERN_INLINE bool has_infinity(const GroupSummary& s) { return s.mean_rise - s.mean_rise != 0; }
+
 RLKERN_INLINE GroupForm group_form(const GroupOptions& o, const GroupSummary& group,
                                    const GroupSummary& batch) {
+  if ((o.uses_group() && has_infinity(group)) || (o.uses_batch() && has_infinity(batch))) {
+    return {__builtin_nan(""), 1};
+  }
   const bool one = group.size == 1, one_in_batch = batch.size == 1;
   if (!o.raw && ((o.uses_group() && one) || (o.uses_batch() && one_in_batch))) return {0, 0};
   GroupForm form = {0, 1};
@@ -149,23 +156,17 @@ RLKERN_INLINE GroupForm group_form(const GroupOptions& o, const GroupSummary& gr
   const bool single = over_group ? one : one_in_batch;
   const double deviation = single ? 1 : (over_group ? group.deviation : batch.deviation);
   // Equal rewards have no direction, whatever they are compared with.
-  const bool flat = o.baseline != GroupBaseline::kNone && !(deviation > 0);
+  const bool flat = o.baseline != GroupBaseline::kNone && deviation == 0;
   form.factor = flat ? 0 : form.factor / (deviation + o.eps);
   return form;
 }
 
-// `lead` is the best reward less the second best for the group's best one, and 0 for all others.
+// Of a reward that is not NaN. `lead` is the best reward less the second best for the group's best
+// one, and 0 for all others.
 RLKERN_INLINE double group_subject(const GroupOptions& o, const GroupSummary& group, double reward,
                                    double given, double lead) {
   if (o.baseline == GroupBaseline::kGiven) return reward - given;
   return o.baseline == GroupBaseline::kPassAtK && group.size != 1 ? lead : reward;
-}
-
-// Of a reward that is not NaN.
-RLKERN_INLINE double group_advantage(const GroupOptions& o, const GroupSummary& group,
-                                     const GroupSummary& batch, double reward, double given,
-                                     double lead) {
-  return group_form(o, group, batch).advantage(group_subject(o, group, reward, given, lead));
 }
 
 }  // namespace rlkern

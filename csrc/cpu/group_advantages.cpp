@@ -16,6 +16,7 @@ namespace rlkern {
 namespace {
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // One reward per row: float, or double where it is the sum of several.
 template <typename T>
@@ -27,8 +28,8 @@ struct Column {
 
 // A group's best reward, the first of several, and the second best.
 struct Best {
-  double first = -std::numeric_limits<double>::infinity();
-  double second = -std::numeric_limits<double>::infinity();
+  double first = -kInfinity;
+  double second = -kInfinity;
   int64_t row = -1;
   bool single = true;
 
@@ -211,13 +212,19 @@ void several_rewards(const GroupArguments& g, float* out) {
         const float x = g.rewards[g.at(i, k)];
         scored |= x == x;
       }
-      if (!scored) total[i] = kNaN;
+      // NaN says that the row is left out; a sum that is NaN counts, and spoils the batch.
+      if (!scored) {
+        total[i] = kNaN;
+      } else if (total[i] != total[i]) {
+        total[i] = kInfinity;
+      }
     }
     const GroupOptions o = over_batch(g.options);
     form = group_form(o, batch_summary(o, Column<double>{total.data(), 1}, g.rows), {});
   }
   for (int64_t i = 0; i < g.rows; ++i) {
-    out[i] = total[i] == total[i] ? static_cast<float>(form.advantage(total[i])) : 0;
+    const bool left_out = g.options.normalized && total[i] != total[i];
+    out[i] = left_out ? 0 : static_cast<float>(form.advantage(total[i]));
   }
 }
 

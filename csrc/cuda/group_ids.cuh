@@ -102,9 +102,7 @@ RLKERN_DEVICE GroupSums cell_sums(const GroupCell& c, int bits) {
       s.length_rise = static_cast<double>(c.length_rise) / unit / length_unit * scale;
     }
   } else if (range != 0) {
-    // Infinite rewards: what their sum in floats would be.
-    const double sum = least == -__builtin_inf() ? __builtin_nan("") : range;
-    s.rise = s.rise_squared = s.length_rise = sum;
+    s.rise = range;  // infinite or NaN, as any sum with an infinite reward
   }
   return s;
 }

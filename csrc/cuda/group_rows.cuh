@@ -111,7 +111,9 @@ RLKERN_DEVICE void normalize_totals(const GroupRows& r, OfWarp& of_warp) {
   const auto total = [&](int64_t i) {
     bool scored = false;
     for (int64_t k = 0; k < r.columns; ++k) scored |= r.reward(i, k) == r.reward(i, k);
-    return scored ? r.totals[i] : __builtin_nan("");
+    if (!scored) return __builtin_nan("");
+    // NaN says that the row is left out; a sum that is NaN counts, and spoils the batch.
+    return r.totals[i] == r.totals[i] ? r.totals[i] : __builtin_inf();
   };
   const GroupOptions o = over_batch(r.options);
   const GroupSummary all = group_summary(o, batch_sums(r.rows, of_warp, total));

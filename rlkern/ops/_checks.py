@@ -117,15 +117,20 @@ def require_ids(value: object, name: str, rows: Tensor, of: str = "logits") -> T
     return ids.long()
 
 
-def optional_mask(value: object, rows: Tensor, of: str = "logits") -> Tensor | None:
+def as_flags(tensor: Tensor, name: str) -> Tensor:
     """A mask as bool: true, or not 0, where a token counts."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        raise TypeError(f"{name}: expected bool or an integer type, got {tensor.dtype}")
+    return tensor if tensor.dtype == torch.bool else tensor != 0
+
+
+def optional_mask(value: object, rows: Tensor, of: str = "logits") -> Tensor | None:
+    """One bool per token, or None."""
     if value is None:
         return None
-    mask = require_tensor(value, "mask")
-    if mask.is_floating_point() or mask.is_complex():
-        raise TypeError(f"mask: expected bool or an integer type, got {mask.dtype}")
+    mask = as_flags(require_tensor(value, "mask"), "mask")
     require_like_tokens(mask, "mask", rows, of)
-    return mask if mask.dtype == torch.bool else mask != 0
+    return mask
 
 
 def one_of(value: object, names: tuple[str, ...], name: str) -> None:
@@ -222,6 +227,18 @@ def first_offence(bad: Tensor, mask: Tensor | None) -> tuple[int, ...] | None:
     if not bool(bad.any()):
         return None
     return tuple(int(i) for i in bad.nonzero()[0])
+
+
+def require_finite(tensor: Tensor, name: str, where: Tensor | None = None) -> None:
+    """Of the values where `where` is true, if they may be looked at."""
+    if not values_are_checked(tensor):
+        return
+    at = first_offence(~tensor.isfinite(), where)
+    if at is not None:
+        raise ValueError(
+            f"{name}: expected finite values, got {float(tensor[at])} at "
+            f"[{', '.join(map(str, at))}]"
+        )
 
 
 def check_token_values(

@@ -161,11 +161,8 @@ class Layout:
             return None
         if self._is_ready(value, torch.bool, self.shape):
             return value
-        flags = _checks.require_tensor(value, name)
-        if flags.is_floating_point() or flags.is_complex():
-            raise TypeError(f"{name}: expected bool or an integer type, got {flags.dtype}")
+        flags = _checks.as_flags(_checks.require_tensor(value, name), name)
         self._require(flags, name, (self.shape,))
-        flags = flags if flags.dtype == torch.bool else flags != 0
         return flags if flags.stride(-1) == 1 else flags.contiguous()
 
     def denominator(self, value: object, name: str) -> float | Tensor | None:

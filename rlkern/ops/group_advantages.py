@@ -60,8 +60,14 @@ def group_advantages(
     where one of at most 0 gives A = 0; "none": A = s - mu.
 
     Equal rewards in what sigma is taken of give exactly 0, with any baseline but "none". A NaN
-    reward is left out of all statistics, and its advantage is 0. Statistics are taken in float64,
-    about the smallest reward: 1e6 + {0, 1} gives +-0.707. The same call twice is bitwise equal.
+    reward is left out of all statistics, and its advantage is 0. An infinite one makes all
+    advantages NaN that a statistic with it enters: its group's where mu or sigma is the group's,
+    the batch's where one of them is the batch's or several rewards are normalised over it, also
+    where it is a single reward. With statistics of groups alone other groups do not feel it; where
+    no statistic enters, s - mu is infinite.
+
+    Statistics are taken in float64, about one of the group's rewards: 1e6 + {0, 1} gives +-0.707.
+    The kernels give the same call twice the same bits; eager PyTorch, where float64 runs, need not.
 
     Several rewards per completion, [N, K] (GDPO): each column is normalised as above; then their
     weighted sum, to which a NaN cell adds 0, is normalised over the batch.
@@ -76,13 +82,15 @@ def group_advantages(
         unbiased: standard deviations divide by n - 1, else by n.
         eps: added to sigma, at least 0.
         singleton: what a statistic over a single reward does. "zero": A = 0. "raw": it has mean 0
-            and standard deviation 1, so that the reward is kept (verl).
+            and standard deviation 1, so that the reward is kept (verl). Not with baseline "given"
+            or "none" and scale "none", which take no statistic.
         lengths: [N], tokens of each completion, for baseline "length_weighted".
-        baseline_rewards: in the shape of rewards, for baseline "given".
-        reward_weights: [K], for several rewards. None: 1 each.
+        baseline_rewards: in the shape of rewards, for baseline "given"; finite where the reward is
+            not NaN.
+        reward_weights: [K], finite, for several rewards. None: 1 each.
         batch: over what the sum of several rewards is normalised. "sequences": (x - mean) /
             (std + eps), the completions that have a reward (TRL). "tokens": x is spread over the
-            completion's tokens and whitened with :func:`whiten` (verl).
+            completion's tokens and whitened with :func:`whiten` (verl); with [N, K] alone.
         mask: [N, T], bool or integer, for batch "tokens".
 
     Returns:
@@ -90,7 +98,8 @@ def group_advantages(
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape, device, name or range; an argument that
-            is missing, or that would have no effect.
+            is missing, or that would have no effect. Values of tensors are looked at on the CPU
+            always, on a GPU with RLKERN_DEBUG=1.
         RuntimeError: a backend was asked for that cannot serve the call.
     """
     tensor = _checked_rewards(rewards)
@@ -117,12 +126,12 @@ def group_advantages(
     if backend == "eager":
         advantages = reference.group_advantages(GroupBatch(*given), options)
     else:
-        advantages = _register.constant("group_advantages", backend, *given, numbers)
+        advantages = _register.constant("group_advantages", backend, *given, list(numbers))
     if not tokens:
         return advantages
     assert mask is not None
     # A completion without any reward is left out of the whitening, too.
-    counts = (mask != 0) & ~tensor.isnan().all(1, keepdim=True)
+    counts = mask & ~tensor.isnan().all(1, keepdim=True)
     return whiten(advantages[:, None].expand(mask.shape), counts, unbiased=unbiased)
 
 
@@ -177,7 +186,7 @@ def _checked_options(
     singleton: str,
     batch: str,
     several: bool,
-) -> tuple[GroupOptions, list[float]]:
+) -> tuple[GroupOptions, tuple[float, ...]]:
     _checks.one_of(baseline, BASELINES, "baseline")
     _checks.one_of(scale, SCALES, "scale")
     _checks.one_of(singleton, SINGLETONS, "singleton")
@@ -186,8 +195,13 @@ def _checked_options(
         raise TypeError(f"unbiased: expected a bool, got {unbiased!r}")
     eps = _checks.number(eps, "eps", minimum=0.0)
     tokens = several and batch == "tokens"
-    # What would have no effect is refused. The sum of several rewards is divided by a standard
-    # deviation whatever the columns are.
+    # What would have no effect is refused.
+    if batch == "tokens" and not several:
+        raise ValueError(
+            "batch: expected its default with rewards [N], whose advantages are not normalised "
+            "over the batch, got 'tokens'"
+        )
+    # The sum of several rewards is divided by a standard deviation whatever the columns are.
     if not unbiased and scale not in ("std", "batch_std") and not several:
         raise ValueError(
             f"unbiased: expected its default with scale {scale!r}, which is no standard deviation, "
@@ -197,14 +211,19 @@ def _checked_options(
         raise ValueError(f"eps: expected its default with scale 'none', got {eps}")
     normalized = several and not tokens
     options = GroupOptions(baseline, scale, unbiased, eps, singleton, several, normalized)
-    return options, options.numbers()
+    if singleton == "raw" and not (options.uses_group() or options.uses_batch()):
+        raise ValueError(
+            f"singleton: expected its default with baseline {baseline!r} and scale 'none', which "
+            "take no statistic, got 'raw'"
+        )
+    return options, tuple(options.numbers())
 
 
 # By type too: 1 is equal to True, and refused for it.
 _remembered_options = functools.lru_cache(maxsize=64, typed=True)(_checked_options)
 
 
-def _options(*named: Any) -> tuple[GroupOptions, list[float]]:
+def _options(*named: Any) -> tuple[GroupOptions, tuple[float, ...]]:
     """The checked options, remembered: looking at all of them again costs as much as a kernel."""
     if torch.compiler.is_compiling():
         return _checked_options(*named)
@@ -256,6 +275,7 @@ def _checked_baseline_rewards(value: object, baseline: str, rewards: Tensor) -> 
         )
     _require_device(given, "baseline_rewards", rewards)
     given = _checks.without_gradient(given, "baseline_rewards").to(rewards.dtype)
+    _checks.require_finite(given, "baseline_rewards", ~rewards.isnan())
     return (given if given.dim() == 2 else given[:, None]).contiguous()
 
 
@@ -275,7 +295,9 @@ def _checked_weights(value: object, rewards: Tensor) -> Tensor:
     if not weights.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {weights.dtype}")
     _require_device(weights, name, rewards)
-    return _checks.without_gradient(weights, name).to(rewards.dtype).contiguous()
+    weights = _checks.without_gradient(weights, name).to(rewards.dtype).contiguous()
+    _checks.require_finite(weights, name)
+    return weights
 
 
 def _checked_mask(value: object, used: bool, rewards: Tensor) -> Tensor:
@@ -288,10 +310,9 @@ def _checked_mask(value: object, used: bool, rewards: Tensor) -> Tensor:
     mask = _checks.require_tensor(value, "mask")
     if mask.dim() != 2 or mask.shape[0] != rewards.shape[0]:
         raise ValueError(f"mask: expected shape [{rewards.shape[0]}, T], got {list(mask.shape)}")
-    if mask.is_floating_point() or mask.is_complex():
-        raise TypeError(f"mask: expected bool or an integer type, got {mask.dtype}")
-    _require_device(mask, "mask", rewards)
-    return mask
+    flags = _checks.as_flags(mask, "mask")
+    _require_device(flags, "mask", rewards)
+    return flags
 
 
 def _require_device(tensor: Tensor, name: str, rewards: Tensor) -> None:

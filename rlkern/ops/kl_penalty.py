@@ -63,9 +63,7 @@ def kl_penalty(
     _checks.refuse_tangent(logprobs, "logprobs")
     ref = _checks.without_gradient(ref, "ref_logprobs")
     if mask is not None:
-        if mask.is_floating_point() or mask.is_complex():
-            raise TypeError(f"mask: expected bool or an integer type, got {mask.dtype}")
-        mask = mask if mask.dtype == torch.bool else mask != 0
+        mask = _checks.as_flags(mask, "mask")
     _checks.one_of(estimator, reference.ESTIMATORS, "estimator")
     if clamp is not None:
         _checks.one_of(clamp, reference.CLAMPS, "clamp")

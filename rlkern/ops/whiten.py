@@ -26,8 +26,9 @@ def whiten(
 ) -> Tensor:
     """Masked whitening: (x - mean) * rsqrt(var + eps), over everything that counts.
 
-    Mean and variance are taken in float64, in two passes over values and in a fixed order: the same
-    call twice is bitwise equal, on a CPU with any number of threads. No gradient is computed.
+    Mean and variance are taken in float64, in two passes over values, by the kernels in a fixed
+    order: of them the same call twice is bitwise equal, on a CPU with any number of threads. Eager
+    PyTorch, where float64 runs, promises neither. No gradient is computed.
 
     Args:
         x: [...], advantages or rewards; float32, a 16-bit type that is widened, or float64 (which
@@ -36,7 +37,8 @@ def whiten(
         shift_mean: False keeps the mean: it is added back after the scaling.
         scale: False keeps the variance: x - mean.
         unbiased: the variance divides by n - 1 (verl), else by n (OpenRLHF).
-        eps: at least 0.
+        eps: at least 0. With 0, equal values have no deviation to be divided by: what comes out is
+            NaN, or rounding where their mean is no float64.
         eps_mode: "add": rsqrt(var + eps) (verl); "clamp": rsqrt(max(var, eps)) (OpenRLHF).
         group: a torch.distributed process group whose processes' values count together, for example
             torch.distributed.group.WORLD: count, mean and squared deviation are gathered, one
@@ -89,14 +91,12 @@ def whiten(
 def _checked_mask(mask: object, x: Tensor) -> Tensor | None:
     if mask is None:
         return None
-    counts = _checks.require_tensor(mask, "mask")
-    if counts.is_floating_point() or counts.is_complex():
-        raise TypeError(f"mask: expected bool or an integer type, got {counts.dtype}")
+    counts = _checks.as_flags(_checks.require_tensor(mask, "mask"), "mask")
     if counts.shape != x.shape:
         raise ValueError(f"mask: expected shape {list(x.shape)} (x's), got {list(counts.shape)}")
     if counts.device != x.device:
         raise ValueError(f"mask: expected device {x.device} (x's), got {counts.device}")
-    return (counts if counts.dtype == torch.bool else counts != 0).contiguous()
+    return counts.contiguous()
 
 
 def _check_only_shifts(shift_mean: bool, unbiased: bool, eps: float, eps_mode: str) -> None:

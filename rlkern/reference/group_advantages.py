@@ -33,6 +33,12 @@ class GroupOptions(NamedTuple):
     joined: bool = False  # several rewards: their weighted sum, and no more
     normalized: bool = False  # and that over the batch
 
+    def uses_group(self) -> bool:
+        return self.baseline in GROUP_BASELINES or self.scale in ("std", "mean")
+
+    def uses_batch(self) -> bool:
+        return self.baseline == "batch_mean" or self.scale == "batch_std"
+
     def numbers(self) -> list[float]:
         return [
             float(BASELINES.index(self.baseline)),
@@ -72,6 +78,9 @@ class _Groups:
         fill = torch.inf if reduce == "amin" else -torch.inf
         found = x.new_full((self.count,), fill)
         return found.scatter_reduce(0, self.index, x.where(self.scored, fill), reduce)[self.index]
+
+    def has(self, flags: Tensor) -> Tensor:
+        return self.total(flags.double()) > 0
 
     def moments(self, s: Tensor, options: GroupOptions) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and standard deviation, and the deviations from the mean.
@@ -121,6 +130,8 @@ def group_advantages(batch: GroupBatch, options: GroupOptions) -> Tensor:
     total = (torch.stack(columns, 1) * weights).sum(1)
     if options.normalized:
         left_out = rewards.isnan().all(1)
+        # NaN says that the row is left out; a sum that is NaN counts, and spoils the batch.
+        total = total.where(~total.isnan(), torch.inf)
         total = _column(
             total.where(~left_out, torch.nan),
             None,
@@ -168,11 +179,11 @@ def _column(
         difference = s
 
     batch_single = whole.size == 1
-    alone = torch.zeros_like(scored)
-    if options.baseline in GROUP_BASELINES or options.scale in ("std", "mean"):
-        alone = alone | single
-    if options.baseline == "batch_mean" or options.scale == "batch_std":
-        alone = alone | batch_single
+    alone, infinite = torch.zeros_like(scored), torch.zeros_like(scored)
+    if options.uses_group():
+        alone, infinite = alone | single, infinite | group.has(s.isinf())
+    if options.uses_batch():
+        alone, infinite = alone | batch_single, infinite | whole.has(s.isinf())
     if options.scale == "none":
         advantage = difference
     elif options.scale == "mean":
@@ -183,9 +194,10 @@ def _column(
         advantage = difference / (scale + options.eps)
         if options.baseline != "none":
             # Equal rewards have no direction, whatever they are compared with.
-            advantage = advantage.where(scale > 0, 0.0)
+            advantage = advantage.where(scale != 0, 0.0)
     if options.singleton == "zero":
         advantage = advantage.where(~alone, 0.0)
+    advantage = advantage.where(~infinite, torch.nan)
     return advantage.where(scored, 0.0)
 
 

@@ -114,7 +114,7 @@ def _group_kernel(
     t_squared = zero
     t_length = zero
     t_length_rise = zero
-    if BASELINE <= _LENGTH_WEIGHTED or SCALE == _STD or SCALE == _OF_MEAN:
+    if IN_GROUP:
         for start in range(begin, end, BLOCK):
             inside = lane < tl.minimum(end - start, BLOCK).to(tl.int32)
             row = _members(order, start + lane, inside)
@@ -132,7 +132,7 @@ def _group_kernel(
     degrees = size
     if UNBIASED:
         degrees = size - 1
-    deviation = tl.sqrt(tl.where(squares > 0, squares, 0.0) / tl.where(degrees > 1, degrees, 1.0))
+    deviation = tl.sqrt(tl.where(squares < 0, 0.0, squares) / tl.where(degrees > 1, degrees, 1.0))
     mean = shift + mean_rise
     if IN_BATCH:
         batch_size = tl.load(batch + column)
@@ -175,12 +175,17 @@ def _group_kernel(
             advantage = difference / (scale + eps + eps_rest)
             if BASELINE != _NO_BASELINE:
                 # Equal rewards have no direction, whatever they are compared with.
-                advantage = tl.where(scale > 0, advantage, 0.0)
+                advantage = tl.where(scale == 0, 0.0, advantage)
         if not RAW:
             if IN_GROUP:
                 advantage = tl.where(is_single, 0.0, advantage)
             if IN_BATCH:
                 advantage = tl.where(batch_single, 0.0, advantage)
+        # An infinite reward lets no sum of rises be finite, whichever reward they rise from.
+        if IN_GROUP:
+            advantage = tl.where(mean_rise - mean_rise == 0, advantage, float("nan"))
+        if IN_BATCH:
+            advantage = tl.where(batch_mean_rise - batch_mean_rise == 0, advantage, float("nan"))
         tl.store(out + row * columns + column, tl.where(scored, advantage, 0.0), mask=inside)
 
 
@@ -209,7 +214,9 @@ def _normalized(x: Tensor, unbiased: bool, eps: float) -> Tensor:
     """[N, 1] over its N; NaN is left out and gets 0, as where nothing can be normalised."""
     size, shift, mean_rise, deviation = _moments(x, unbiased)
     z = (x - shift - mean_rise) / (deviation + eps)
-    return z.where(~x.isnan() & (size != 1) & (deviation > 0), 0.0)
+    z = z.where((size != 1) & (deviation != 0), 0.0)
+    # As in the kernel: a sum that is infinite spoils the batch.
+    return z.where(mean_rise.isfinite(), torch.nan).where(~x.isnan(), 0.0)
 
 
 def _require(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -273,5 +280,7 @@ def forward(
     total = (out if weights is None else out * weights.double()).sum(1, keepdim=True)
     if normalized:
         left_out = rewards.isnan().all(1, keepdim=True)
-        total = _normalized(total.where(~left_out, torch.nan), bool(unbiased), eps)
+        # NaN says that the row is left out; a sum that is NaN counts, and spoils the batch.
+        total = total.where(~total.isnan(), torch.inf).where(~left_out, torch.nan)
+        total = _normalized(total, bool(unbiased), eps)
     return total[:, 0].to(rewards.dtype)

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import rlkern
+from rlkern import _backend
+from rlkern.ops import _register
 
 R = torch.zeros(6)
 ROWS = torch.zeros(6, 2)
@@ -76,7 +78,25 @@ REFUSED = [
     ({"baseline": "given"}, ValueError, "baseline_rewards: expected a tensor, since baseline is"),
     ({"reward_weights": [1.0]}, ValueError, "reward_weights: expected None, since rewards are [N]"),
     ({"mask": MASK}, ValueError, "mask: expected None, since only batch 'tokens'"),
-    ({"mask": MASK, "batch": "tokens"}, ValueError, "mask: expected None, since only batch 'token"),
+    (
+        {"mask": MASK, "batch": "tokens"},
+        ValueError,
+        "batch: expected its default with rewards [N], whose advantages are not normalised over "
+        "the batch, got 'tokens'",
+    ),
+    ({"batch": "tokens"}, ValueError, "batch: expected its default with rewards [N]"),
+    ({"rewards": ROWS, "mask": MASK}, ValueError, "mask: expected None, since only batch 'tokens'"),
+    (
+        {"baseline": "none", "scale": "none", "singleton": "raw"},
+        ValueError,
+        "singleton: expected its default with baseline 'none' and scale 'none', which take no "
+        "statistic, got 'raw'",
+    ),
+    (
+        {"baseline": "given", "baseline_rewards": R, "scale": "none", "singleton": "raw"},
+        ValueError,
+        "singleton: expected its default with baseline 'given' and scale 'none'",
+    ),
     (TOKENS, ValueError, "mask: expected a tensor, since batch is 'tokens', got None"),
     (TOKENS | {"mask": MASK.tolist()}, TypeError, "mask: expected a torch.Tensor, got list"),
     (TOKENS | {"mask": MASK[:5]}, ValueError, "mask: expected shape [6, T], got [5, 3]"),
@@ -101,6 +121,8 @@ GIVEN = [
     (R[:3], ValueError, "baseline_rewards: expected shape [6] (rewards'), got [3]"),
     (R.to("meta"), ValueError, "baseline_rewards: expected device cpu (rewards'), got meta"),
     (needs_grad(R), ValueError, "baseline_rewards: expected a tensor that needs no gradient"),
+    (R + torch.nan, ValueError, "baseline_rewards: expected finite values, got nan at [0]"),
+    (R.double() + 1e39, ValueError, "baseline_rewards: expected finite values, got inf at [0]"),
 ]
 WEIGHTS = [
     (1.0, TypeError, "reward_weights: expected a tensor or a sequence, got float"),
@@ -110,6 +132,13 @@ WEIGHTS = [
     (torch.ones(2).long(), TypeError, "reward_weights: expected a floating-point tensor, got"),
     (torch.ones(2, device="meta"), ValueError, "reward_weights: expected device cpu (rewards'),"),
     (needs_grad(torch.ones(2)), ValueError, "reward_weights: expected a tensor that needs no g"),
+    (
+        torch.tensor([1.0, torch.nan]),
+        ValueError,
+        "reward_weights: expected finite values, got nan at [1]",
+    ),
+    ([torch.inf, 1.0], ValueError, "reward_weights: expected a finite number, got inf"),
+    ([1e39, 1.0], ValueError, "reward_weights: expected finite values, got inf at [0]"),
 ]
 REFUSED += [({"baseline": "length_weighted", "lengths": x}, *rest) for x, *rest in LENGTHS]
 REFUSED += [({"baseline": "given", "baseline_rewards": x}, *rest) for x, *rest in GIVEN]
@@ -136,6 +165,35 @@ def test_what_is_refused_of_one_type_is_not_remembered_of_another():
         rlkern.group_advantages(R, group_size=3, unbiased=1, eps=0.0)
     with pytest.raises(TypeError, match="eps: expected a number, got bool"):
         rlkern.group_advantages(R, group_size=3, unbiased=True, eps=False)
+
+
+def test_options_are_not_shared_between_calls(monkeypatch):
+    """What an operator does to its list of options does not reach the next call."""
+    seen = []
+
+    def keep(op, backend, *arguments):
+        seen.append(arguments[-1])
+        return arguments[0][:, 0]
+
+    monkeypatch.setattr(_backend, "choose", lambda *_: "native")
+    monkeypatch.setattr(_register, "constant", keep)
+    rlkern.group_advantages(R, group_size=3, eps=0.25)
+    before = list(seen[0])
+    seen[0].clear()
+    rlkern.group_advantages(R, group_size=3, eps=0.25)
+    assert seen[1] == before
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_a_given_baseline_may_be_anything_where_there_is_no_reward(backend):
+    if _backend.why_not("group_advantages", backend, "cpu", torch.float32):
+        pytest.skip(f"no {backend} kernels")
+    rewards, given = torch.tensor([2.0, torch.nan]), torch.tensor([0.5, torch.nan])
+    with rlkern.use_backend(backend):
+        out = rlkern.group_advantages(
+            rewards, group_size=2, baseline="given", baseline_rewards=given, scale="none"
+        )
+    assert out.tolist() == [1.5, 0]
 
 
 def test_a_backend_that_cannot_serve():

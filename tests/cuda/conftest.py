@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-# The helpers beside this file, and the benchmarks, whatever pytest was started with.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+# The helpers beside this file and above it, and the benchmarks, whatever pytest was started with.
+sys.path[:0] = [str(folder) for folder in Path(__file__).parents[:3]]
 
 import emulated_kernels  # noqa: E402
 

@@ -13,6 +13,7 @@ import torch
 from advantage_batches import U, group_batch, in_double
 from emulated_advantages import emulated_advantages
 from emulated_kernels import why_not
+from infinite_groups import check_infinite, several_with_an_infinite_one
 
 from rlkern.reference.group_advantages import (
     BASELINES,
@@ -23,7 +24,7 @@ from rlkern.reference.group_advantages import (
 )
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
-NAN, INF = float("nan"), float("inf")
+NAN = float("nan")
 
 
 @pytest.fixture(scope="module")
@@ -95,18 +96,25 @@ def test_the_extremes_of_fp32(kernels, ragged):
     check(kernels, batch, GroupOptions(eps=0.0))
 
 
+@pytest.mark.parametrize("grouping", ["equal", "mixed"])
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_an_infinite_reward_is_where_its_statistics_are(kernels, baseline, scale, grouping):
+    def compute(batch, options):
+        return kernels.group_advantages(*batch, options.numbers())
+
+    check_infinite(compute, baseline, scale, grouping)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("ragged", [False, True], ids=["segments", "ids"])
-@pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "pass_at_k", "none"])
-@pytest.mark.parametrize(
-    "bad", [[INF, 0.0, 1.0], [-INF, 0.0, 1.0], [INF, INF, 2.0], [INF, -INF, 1.0]]
-)
-def test_an_infinite_reward_stays_in_its_group(kernels, bad, baseline, ragged):
-    rewards = torch.tensor([0.0, 2.0, 5.0, *bad, 1.0, 1.0, 4.0])[:, None]
-    ids = torch.arange(3).repeat_interleave(3)
-    batch = GroupBatch(rewards, 0, ids) if ragged else GroupBatch(rewards, 3)
-    for scale in ("std", "none"):
-        found = check(kernels, batch, GroupOptions(baseline, scale))
-        assert found[:3].isfinite().all() and found[6:].isfinite().all()
+def test_an_infinite_reward_of_several(kernels, ragged, normalized):
+    rewards = several_with_an_infinite_one()
+    batch = GroupBatch(rewards, 0, torch.arange(9) // 3) if ragged else GroupBatch(rewards, 3)
+    found = check(kernels, batch, GroupOptions(joined=True, normalized=normalized))
+    spoiled = range(9) if normalized else range(3, 6)
+    # The row without any reward is left out, a sum that is NaN is not.
+    assert found.isnan().tolist() == [i in spoiled and i != 6 for i in range(9)] and found[6] == 0
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["segments", "ids"])

@@ -75,7 +75,8 @@ def random_groups(N):
 
 def random_options(shape):
     options = {"baseline": random.choice(BASELINES), "scale": random.choice(SCALES)}
-    options["singleton"] = random.choice(["zero", "raw"])
+    if options["baseline"] not in ("given", "none") or options["scale"] != "none":
+        options["singleton"] = random.choice(["zero", "raw"])
     if options["scale"] in ("std", "batch_std"):
         options["unbiased"] = random.random() < 0.5
     if options["scale"] != "none":
