@@ -40,17 +40,21 @@ struct Pair {
   double u, w;
 };
 
+// Selected, not multiplied, where the factor is 0: past the end of an episode nothing enters, and a
+// NaN there is none here.
+RLKERN_INLINE double scaled(double factor, double x) { return factor == 0 ? 0 : factor * x; }
+
 RLKERN_INLINE PairMap identity_map() { return {0, 1, 0, 0, 1}; }
 
 RLKERN_INLINE Pair applied(const PairMap& m, const Pair& s) {
-  return {m.n + m.q * s.u, m.a + m.b * s.u + m.k * s.w};
+  return {m.n + scaled(m.q, s.u), m.a + scaled(m.b, s.u) + scaled(m.k, s.w)};
 }
 
 // What `first` does and then `second`.
 RLKERN_INLINE PairMap then(const PairMap& first, const PairMap& second) {
-  return {second.n + second.q * first.n, second.q * first.q,
-          second.a + second.b * first.n + second.k * first.a,
-          second.b * first.q + second.k * first.b, second.k * first.k};
+  return {second.n + scaled(second.q, first.n), scaled(second.q, first.q),
+          second.a + scaled(second.b, first.n) + scaled(second.k, first.a),
+          scaled(second.b, first.q) + scaled(second.k, first.b), scaled(second.k, first.k)};
 }
 
 RLKERN_INLINE double at_most(double x, double bound) { return x > bound ? bound : x; }
@@ -68,17 +72,17 @@ RLKERN_INLINE PairMap token_map(const ReturnOptions& o, double lam, const Return
   const double ratio = t.log_ratio == 0 ? 1 : rl_exp(t.log_ratio);
   const double rho = at_most(ratio, o.rho_bar), c = at_most(ratio, o.c_bar);
   const double gamma = t.done ? 0 : o.gamma;
-  return {t.value, 0, rho * (t.reward - t.value), rho * gamma, gamma * lam * c};
+  return {t.value, 0, rho * (t.reward - t.value), scaled(gamma, rho), scaled(gamma * lam, c)};
 }
 
-// That map applied, for who walks token by token: without the product of V_{t+1} and 0, which an
-// infinite V_{t+1} would make a NaN in V_t.
+// That map applied, for who walks token by token.
 RLKERN_INLINE Pair before_token(const ReturnOptions& o, double lam, const ReturnToken& t,
                                 const Pair& next) {
   const double ratio = t.log_ratio == 0 ? 1 : rl_exp(t.log_ratio);
   const double rho = at_most(ratio, o.rho_bar), c = at_most(ratio, o.c_bar);
   const double gamma = t.done ? 0 : o.gamma;
-  return {t.value, rho * (t.reward + gamma * next.u - t.value) + gamma * lam * c * next.w};
+  return {t.value, rho * (t.reward + scaled(gamma, next.u) - t.value) +
+                       scaled(scaled(gamma * lam, c), next.w)};
 }
 
 // Of a masked token that comes before a counting one.
@@ -91,7 +95,7 @@ RLKERN_INLINE double trace_advantage(const ReturnOptions& o, double lam, const R
                                      const Pair& next) {
   const double rho = at_most(rl_exp(t.log_ratio), o.rho_pg_bar);
   const double gamma = t.done ? 0 : o.gamma;
-  return rho * (t.reward + gamma * (next.u + lam * next.w) - t.value);
+  return rho * (t.reward + scaled(gamma, next.u + lam * next.w) - t.value);
 }
 
 // ---- backward of GAE and of discounted returns ------------------------------------------------
@@ -103,7 +107,7 @@ RLKERN_INLINE double trace_advantage(const ReturnOptions& o, double lam, const R
 RLKERN_INLINE PairMap adjoint_map(const ReturnOptions& o, double lam, double g, bool done) {
   const double gamma = done ? 0 : o.gamma;
   const double both = gamma * lam;
-  return {both * g, both, gamma * g, gamma, 0};
+  return {scaled(both, g), both, scaled(gamma, g), gamma, 0};
 }
 
 RLKERN_INLINE PairMap masked_adjoint_map(const ReturnOptions& o, double lam) {

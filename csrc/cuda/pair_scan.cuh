@@ -123,7 +123,8 @@ RLKERN_DEVICE bool is_sound_around(const SequenceGrid& grid, int64_t i) {
 }
 
 // Writes NaN over all that the offsets around sequence i enclose, whichever is the larger one, and
-// beyond the first and the last sequence over what no sequence holds.
+// beyond the first and the last sequence over what no sequence holds. Where offsets fall so
+// far that a sound sequence lies there too, its block's numbers may come before or after.
 RLKERN_DEVICE void poison(const SequenceGrid& grid, int64_t i, const TokenRows<float>& out) {
   if (out.data == nullptr) return;
   const int64_t a = grid.offsets[i], b = grid.offsets[i + 1];

@@ -70,8 +70,9 @@ def differentiable(
     outputs: int,
     setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., tuple[Tensor | None, ...]],
+    differentiable_outputs: int = 1,
 ) -> Callable[[str, tuple[Any, ...], bool], tuple[Tensor, ...]]:
-    """Registers the derivative of an operator, the same for all its backends: of its first result.
+    """Registers the derivative of an operator, the same for all its backends.
 
     Args:
         op: the operator.
@@ -80,6 +81,7 @@ def differentiable(
         setup_context: (ctx, arguments, results), as for torch.library.register_autograd, but that
             the other results are marked as not differentiable.
         backward: (ctx, backend, *upstream gradients) -> a gradient for each of `inputs`.
+        differentiable_outputs: how many of the results, from the first on, have a derivative.
 
     Returns:
         (backend, arguments, whether a graph is wanted) -> those results. In eager mode its way
@@ -97,7 +99,7 @@ def differentiable(
         def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.arguments = len(inputs)
             if isinstance(output, tuple):
-                ctx.mark_non_differentiable(*output[1:])
+                ctx.mark_non_differentiable(*output[differentiable_outputs:])
             setup_context(ctx, inputs, output)
 
         torch.library.register_autograd(
@@ -112,7 +114,7 @@ def differentiable(
         with _below_autograd():
             output = run(backend, args)
         ctx.backend = backend
-        ctx.mark_non_differentiable(*output[1:outputs])
+        ctx.mark_non_differentiable(*output[differentiable_outputs:outputs])
         setup_context(ctx, args, output)
         return output[:outputs]
 

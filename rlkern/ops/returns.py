@@ -46,9 +46,9 @@ def gae(
         delta_t = r_t + gamma V_{t+1} - V_t
         A_t = delta_t + gamma lam A_{t+1},    returns_t = A_t + V_t
 
-    Padded [B, T] with a mask, or packed [total] with cu_seqlens; parallel over time. What a masked
-    position holds changes nothing, and there both results are 0. After the last counting token
-    V is bootstrap_value and A is 0. Nothing is whitened: see :func:`whiten`.
+    Padded [B, T] with a mask, or packed [total] with cu_seqlens. What a masked position holds
+    changes nothing, and there both results are 0. After the last counting token V is
+    bootstrap_value and A is 0. Nothing is whitened: see :func:`whiten`.
 
     Gradients go to rewards, values and bootstrap_value; first derivatives only.
 
@@ -61,7 +61,7 @@ def gae(
         mask: bool or integer, true where a token counts. None: all do.
         cu_seqlens: [B + 1] int32 or int64, 0 = first <= ... <= last = total.
         dones: bool or integer, true at the last token of an episode: neither V nor A of what
-            follows enters there.
+            follows enters there, also where it is NaN or infinite.
         bootstrap_value: [B], V after a sequence's last counting token. None: 0.
         mask_mode: what a masked token between counting ones does. "carry" (verl): it hands on
             V_{t+1} and A_{t+1} unchanged. "break" (OpenRLHF): it enters as a token of value 0 and
@@ -234,11 +234,15 @@ def _scan(batch: ScanBatch, options: ScanOptions) -> tuple[Tensor, Tensor]:
     backend = _backend.choose("return_scan", batch.rewards.device.type, batch.rewards.dtype)
     if backend == "eager":
         return reference.return_scan(batch, options)
-    numbers = [float(option) for option in options]
-    return _register.overload("return_scan", backend)(*batch, numbers)
+    tensors = [getattr(batch, name) for name in _DIFFERENTIABLE]
+    graph = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    first, second = _call(backend, (*batch, [float(option) for option in options]), graph)
+    return first, second
 
 
 # ---- the operator ------------------------------------------------------------------------------
+
+_DIFFERENTIABLE = ("rewards", "values", "bootstrap_value")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -248,32 +252,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(mask, dones, lam, offsets)
 
 
-def _register_autograd() -> None:
-    for backend in _register.backends("return_scan"):
-
-        def backward(ctx: Any, first: Tensor, second: Tensor, backend: str = backend) -> Any:
-            grads = _register.overload("return_scan_bwd", backend)(
-                first.contiguous(),
-                second.contiguous() if ctx.has_values else None,
-                *ctx.saved_tensors,
-                ctx.options,
-            )
-            rewards, values, bootstrap = grads
-            return (
-                rewards,
-                values if ctx.has_values else None,
-                *[None] * 3,
-                bootstrap if ctx.has_bootstrap else None,
-                *[None] * 3,
-            )
-
-        torch.library.register_autograd(
-            f"rlkern::{_register.operator_name('return_scan', backend)}",
-            backward,
-            setup_context=_setup_context,
-            lib=_register.LIBRARY,
-        )
-    _register.forbid_second_derivative("return_scan_bwd")
+def _backward(ctx: Any, backend: str, first: Tensor, second: Tensor) -> tuple[Tensor | None, ...]:
+    rewards, values, bootstrap = _register.overload("return_scan_bwd", backend)(
+        first.contiguous(),
+        second.contiguous() if ctx.has_values else None,
+        *ctx.saved_tensors,
+        ctx.options,
+    )
+    return (
+        rewards,
+        values if ctx.has_values else None,
+        bootstrap if ctx.has_bootstrap else None,
+    )
 
 
 def _fake(rewards, values, *rest):
@@ -307,4 +297,12 @@ _register.register_fake("return_scan", _fake)
 _register.register_fake("return_scan_bwd", _fake_backward)
 _register.register_python("return_scan", "triton", _triton("forward"))
 _register.register_python("return_scan_bwd", "triton", _triton("backward"))
-_register_autograd()
+_call = _register.differentiable(
+    "return_scan",
+    tuple(ScanBatch._fields.index(name) for name in _DIFFERENTIABLE),
+    2,
+    _setup_context,
+    _backward,
+    differentiable_outputs=2,
+)
+_register.forbid_second_derivative("return_scan_bwd")

@@ -44,12 +44,19 @@ class ScanOptions(NamedTuple):
 
 def return_scan(batch: ScanBatch, options: ScanOptions) -> tuple[Tensor, Tensor]:
     """GAE: advantages, returns. Discounted returns: these, and an empty tensor. V-trace: the
-    corrected values, the policy gradient's advantages. All are 0 at masked tokens."""
+    corrected values, the policy gradient's advantages. All are 0 at masked tokens.
+
+    In float64, rounded once: what is 6e-8 off in gamma lam is 1e-4 off after ten thousand tokens.
+    At a done what follows is left out, also where it is NaN.
+    """
     if batch.offsets is not None:
         places, padded = _padded(batch)
         first, second = return_scan(padded, options)
         return first[places], second if batch.values is None else second[places]
 
+    dtype = batch.rewards.dtype
+    given = {name: x for name, x in batch._asdict().items() if x is not None}
+    batch = ScanBatch(**{n: x.double() if x.is_floating_point() else x for n, x in given.items()})
     rewards = batch.rewards
     rows, steps = rewards.shape
     counts = torch.ones_like(rewards, dtype=torch.bool) if batch.mask is None else batch.mask
@@ -70,21 +77,25 @@ def return_scan(batch: ScanBatch, options: ScanOptions) -> tuple[Tensor, Tensor]
     for t in reversed(range(steps)):
         begun = begun | counts[:, t]
         enters = begun if options.breaks else counts[:, t]
-        gamma = x.new_full((rows,), options.gamma).where(~ends[:, t], 0.0)
-        target = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = rho_pg[:, t] * (target + gamma * lam * x)
-        here = rho[:, t] * target + gamma * lam * c[:, t] * x
+        goes_on = ~ends[:, t]
+        onward = options.gamma * lam * x
+        target = rewards[:, t] + (options.gamma * next_value).where(goes_on, 0.0) - values[:, t]
+        advantage = rho_pg[:, t] * (target + onward.where(goes_on, 0.0))
+        here = rho[:, t] * target + (c[:, t] * onward).where(goes_on, 0.0)
         x = here.where(enters, x)
         next_value = values[:, t].where(enters, next_value)
         of_step.append(torch.stack([here, advantage]))
     if steps == 0:
-        return rewards, rewards.new_zeros(0) if batch.values is None else values
-    scanned, advantages = torch.stack(of_step[::-1], -1).where(counts, 0.0)
+        scanned, advantages = rewards, values
+    else:
+        scanned, advantages = torch.stack(of_step[::-1], -1).where(counts, 0.0)
     if batch.values is None:
-        return scanned, rewards.new_zeros(0)
-    if batch.log_ratios is None:
-        return scanned, scanned + values
-    return scanned + values, advantages
+        first, second = scanned, scanned.new_zeros(0)
+    elif batch.log_ratios is None:
+        first, second = scanned, scanned + values
+    else:
+        first, second = scanned + values, advantages
+    return first.to(dtype), second.to(dtype)
 
 
 def _padded(batch: ScanBatch) -> tuple[tuple[Tensor, Tensor], ScanBatch]:

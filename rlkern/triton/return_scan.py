@@ -37,9 +37,16 @@ _MAX_REGISTERS = 128
 
 
 @triton.jit
+def _scaled(factor, x):
+    """Selected, not multiplied, where the factor is 0: past the end of an episode nothing enters,
+    and a NaN there is none here."""
+    return tl.where(factor == 0.0, 0.0, factor * x)
+
+
+@triton.jit
 def _then(a, k, a_then, k_then):
     """What x -> a + k x does and then x -> a_then + k_then x."""
-    return a_then + k_then * a, k_then * k
+    return a_then + _scaled(k_then, a), _scaled(k_then, k)
 
 
 @triton.jit
@@ -70,6 +77,22 @@ def _sequence(offsets, sequence, length, total):
         end = tl.load(offsets + sequence + 1)
         size = tl.maximum(tl.minimum(end, total), begin) - begin
     return begin, size
+
+
+@triton.jit
+def _poison(out, offsets, sequence, total, BLOCK: tl.constexpr):
+    """NaN where no sequence lies: before the first one's offset and behind the last one's, if these
+    are not 0 and the total."""
+    if offsets is not None:
+        lane = tl.arange(0, BLOCK)
+        if sequence == 0:
+            end = tl.minimum(tl.load(offsets), total)
+            for start in range(0, end, BLOCK):
+                tl.store(out + start + lane, float("nan"), mask=start + lane < end)
+        if sequence == tl.num_programs(0) - 1:
+            begin = tl.maximum(tl.load(offsets + sequence + 1), 0)
+            for start in range(begin, total, BLOCK):
+                tl.store(out + start + lane, float("nan"), mask=start + lane < total)
 
 
 @triton.jit
@@ -106,6 +129,9 @@ def _forward_kernel(
     zero = tl.full((), 0.0, tl.float64)
     discount = zero + gamma + gamma_rest
     trace = _number(lam, sequence, lam_number, lam_rest)
+    _poison(first, offsets, sequence, total, BLOCK)
+    if values is not None:
+        _poison(second, offsets, sequence, total, BLOCK)
     after_last = zero
     if bootstrap_value is not None:
         after_last += tl.load(bootstrap_value + sequence)
@@ -155,7 +181,7 @@ def _forward_kernel(
         if dones is not None:
             ends = flags(dones, sequence * dones_row + top, -lane, counts)
             gammas = tl.where(ends, 0.0, gammas)
-        target = reward + gammas * next_value - value
+        target = reward + _scaled(gammas, next_value) - value
         a = target
         k = gammas * trace
         if log_ratios is not None:
@@ -164,16 +190,16 @@ def _forward_kernel(
             rho = zero + rho_bar + rho_bar_rest
             c = zero + c_bar + c_bar_rest
             a = tl.where(ratio > rho, rho, ratio) * target
-            k *= tl.where(ratio > c, c, ratio)
+            k = _scaled(k, tl.where(ratio > c, c, ratio))
         a = tl.where(enters, a, 0.0)
         k = tl.where(enters, k, 1.0)
         a, k = tl.associative_scan((a, k), 0, _then)
-        here = a + k * x
+        here = a + _scaled(k, x)
 
         out = sequence * out_row + top
         if log_ratios is not None:
             rho_pg = zero + rho_pg_bar + rho_pg_bar_rest
-            advantage = target + gammas * trace * _before(here, lane, x)
+            advantage = target + _scaled(gammas, trace * _before(here, lane, x))
             advantage *= tl.where(ratio > rho_pg, rho_pg, ratio)
             tl.store(second + out - lane, tl.where(counts, advantage, 0.0), mask=inside)
             tl.store(first + out - lane, tl.where(counts, here + value, 0.0), mask=inside)
@@ -199,6 +225,9 @@ def _backward_kernel(
     zero = tl.full((), 0.0, tl.float64)
     discount = zero + gamma + gamma_rest
     trace = _number(lam, sequence, lam_number, lam_rest)
+    _poison(grad_rewards, offsets, sequence, total, BLOCK)
+    if grad_second is not None:
+        _poison(grad_values, offsets, sequence, total, BLOCK)
     # Masked tokens up to the last counting one enter.
     entering = size
     if mask is not None and BREAKS:
@@ -226,10 +255,10 @@ def _backward_kernel(
             enters = lane < tl.minimum(tl.maximum(entering - start, 0), BLOCK).to(tl.int32)
         else:
             enters = counts
-        a = tl.where(enters, gammas * grad, 0.0)
+        a = tl.where(enters, _scaled(gammas, grad), 0.0)
         k = tl.where(enters, gammas * trace, 1.0)
         a, k = tl.associative_scan((a, k), 0, _then)
-        after = a + k * w
+        after = a + _scaled(k, w)
         before = _before(after, lane, w)
         through = grad + trace * before
         out = sequence * out_row + at
@@ -253,7 +282,10 @@ def _extent(tokens: Tensor, offsets: Tensor | None) -> tuple[int, int, int]:
     """Sequences, and the length of a padded one or the total of packed ones."""
     if offsets is None:
         return tokens.shape[0], tokens.shape[1], 0
-    return offsets.shape[0] - 1, 0, tokens.shape[0]
+    sequences, total = offsets.shape[0] - 1, tokens.shape[0]
+    if sequences == 0 and total > 0:
+        raise ValueError(f"offsets: expected values that rise from 0 to {total}, got one value")
+    return sequences, 0, total
 
 
 def _require_per_sequence(sequences: int, **tensors: Tensor | None) -> None:

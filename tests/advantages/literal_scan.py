@@ -43,6 +43,8 @@ def walk(row, bootstrap, gamma, lam, mask_mode, bars):
         if log_ratio is not None:
             ratio = math.exp(log_ratio) if log_ratio < 709 else math.inf
             rho, c, rho_pg = (min(bar, ratio) for bar in bars)
+        if done:
+            next_value = x = x_scale = 0.0  # also where they are not finite
         delta = reward + discount * next_value - value
         scale = abs(reward) + discount * abs(next_value) + abs(value)
         advantage = rho_pg * (reward + discount * (next_value + lam * x) - value)

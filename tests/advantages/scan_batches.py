@@ -86,11 +86,11 @@ def assert_near(backend, found: tuple, truth: tuple, scales: tuple, steps: int) 
 
     Per step at most 10 roundings enter a result: of gamma, lam and their product, of exp (two ulp),
     of the terms of delta and of the recurrence; each is relative to the recurrence over absolute
-    values. Eager PyTorch does them in its own dtype; the kernels in double, and then round the
-    result once to fp32. Where a number falls below the smallest normal one, that is the error.
+    values. All backends do them in float64, and then round the result once to theirs. Where a
+    number falls below the smallest normal one, that is the error.
     """
     unit = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
-    inner = unit[torch.float64] if backend.is_kernel else unit[backend.dtype]
+    inner = unit[torch.float64]
     for x, exact, scale in zip(found, truth, scales, strict=True):
         assert x.dtype == backend.dtype and x.shape == exact.shape
         assert x.isfinite().all()

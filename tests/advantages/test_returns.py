@@ -194,6 +194,23 @@ def test_long_sequences(scan_backend, function, steps):
     check(scan_backend, function, batch, steps, gamma=0.99999, lam=0.99999)
 
 
+@pytest.mark.parametrize("function", ["gae", "discounted_returns"])
+def test_a_reward_reaches_ten_thousand_tokens_back(scan_backend, function):
+    """In fp32 gamma^10000 is 1.6e-4 of itself off, half of it gamma's own rounding."""
+    steps = 10_000
+    batch = {name: torch.zeros(1, steps) for name in ("rewards", "values")}
+    batch["rewards"][0, -1] = 1.0
+    # Triton gets gamma in two floats, 2^-48 of itself off: 32 roundings a step beside the 10.
+    check(scan_backend, function, batch, 5 * steps, gamma=0.9999, lam=1.0)
+
+    bootstrap = torch.zeros(1, dtype=scan_backend.dtype, requires_grad=True)
+    out = call(function, batch | {"bootstrap_value": bootstrap}, scan_backend.dtype, gamma=0.9999,
+               **({"lam": 1.0} if function == "gae" else {}))  # fmt: skip
+    (slope,) = torch.autograd.grad(out[0][0, 0], bootstrap)
+    unit = 2.0**-24 if scan_backend.dtype == torch.float32 else 0.0
+    assert slope.item() == pytest.approx(0.9999**steps, rel=unit + 50 * steps * 2.0**-53, abs=0)
+
+
 # ---- random shapes ----------------------------------------------------------------------------
 
 

@@ -48,7 +48,7 @@ def test_gradients(scan_backend, poisoned, function, mask_mode, packed, given):
     poisoned(4 * batch["rewards"].numel())
     found = gradients(function, batch, scan_backend.dtype, weights, **options)
     unit = 2.0**-24 if scan_backend.dtype == torch.float32 else 2.0**-53
-    inner = 2.0**-53 if scan_backend.is_kernel else unit
+    inner = 2.0**-53
     largest = 3 * scale["rewards"].abs().max() + 3 * max(
         w.nan_to_num().abs().max() for w in weights
     )

@@ -139,6 +139,41 @@ def test_the_block_is_as_large_as_the_sequences_are_long(kernels):
     assert kernels.module.scan_threads(0, 0, True) == 32
 
 
+# ---- past the end of an episode ---------------------------------------------------------------
+
+# In a thread's run, at the ends of a run, a warp's tile, a block's one, and of the sequence.
+ENDS = (0, 8, 9, 150, 287, 288, 400, 699)
+
+
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("breaks", [False, True], ids=["carry", "break"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_enters_past_an_end(kernels, kind, breaks, garbage):
+    batch = scan_batch(kind, (700,) * len(ENDS), seed=3)
+    at, ends = torch.arange(700), torch.tensor(ENDS)[:, None]
+    counts = batch.mask | (at == ends)
+    batch = batch._replace(mask=counts, dones=at == ends, bootstrap_value=torch.randn(len(ENDS)))
+    dirty = batch._replace(bootstrap_value=torch.full((len(ENDS),), garbage))
+    for name in ("rewards", "values", "log_ratios"):
+        if getattr(batch, name) is not None:
+            dirty = dirty._replace(**{name: getattr(batch, name).where(at <= ends, garbage)})
+    options = numbers(options_of(kind, breaks))
+    for threads in (32, 256):
+        kernels.scan_threads = threads
+        clean, found = (kernels.return_scan(*b, options) for b in (batch, dirty))
+        for a, b in zip(clean, found, strict=True):
+            if a.numel():
+                assert torch.equal(a[at <= ends], b[at <= ends])
+
+    upstream = torch.randn(2, *batch.rewards.shape)
+    stained = upstream.where(at > ends, garbage)
+    rest = batch.mask, batch.dones, batch.lam, None, options
+    clean, found = (kernels.return_scan_bwd(*grads, *rest) for grads in (upstream, stained))
+    for a, b in zip(clean[:2], found[:2], strict=True):
+        assert torch.equal(a[at > ends], b[at > ends])
+    assert torch.equal(clean[2], found[2])
+
+
 # ---- backward ---------------------------------------------------------------------------------
 
 
@@ -213,3 +248,14 @@ def test_wrong_offsets_read_nothing_outside_and_show(kernels, offsets, wrong):
     for result in (*out, *back[:2]):
         assert torch.equal(result.isnan(), wanted), result
     assert back[2].isnan().any()
+
+
+def test_tokens_of_two_sequences_are_a_number_or_nan(kernels):
+    """Sequence 0 is sound, and sequence 2 goes back into it: their blocks write in any order."""
+    options = numbers(options_of("gae"))
+    tokens = torch.randn(8), torch.randn(8)
+    offsets = torch.tensor([0, 4, 8, 2, 8])
+    out = kernels.return_scan(*tokens, None, None, None, None, None, offsets, options)
+    back = kernels.return_scan_bwd(*tokens, None, None, None, offsets, options)
+    for result in (*out, *back[:2]):
+        assert result[:2].isfinite().all() and result[4:].isnan().all()

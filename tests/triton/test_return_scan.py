@@ -269,8 +269,8 @@ def test_offsets_beyond_32_bits(small_blocks):
 )
 @pytest.mark.parametrize("mask_mode", ["carry", "break"])
 def test_offsets_that_lie_stay_inside_the_tensors(offsets, mask_mode, small_blocks, monkeypatch):
-    """Values of offsets cannot be looked at on a GPU. What they make is not said, but no memory
-    beside the tensors is read (NaN in all results) or written."""
+    """Values of offsets cannot be looked at on a GPU. No memory beside the tensors is read (NaN in
+    the results of sequences) or written, and what no sequence holds is NaN."""
     total, guard = 30, 128
     around = []
 
@@ -295,9 +295,33 @@ def test_offsets_that_lie_stay_inside_the_tensors(offsets, mask_mode, small_bloc
     numbers = [float(x) for x in ScanOptions(0.9, 0.9, mask_mode == "break")]
     out = kernels.forward(*floats, *flags, None, None, places, numbers)
     grads = kernels.backward(*floats[:2], *flags, None, places, numbers)
-    assert not any(x.isnan().any() for x in (*out, *grads))
+    held = torch.zeros(total, dtype=torch.bool)
+    for begin, end in itertools.pairwise(offsets):
+        held[max(begin, 0) : max(end, 0)] = True
+    between = torch.zeros(total, dtype=torch.bool)
+    between[max(offsets[0], 0) : max(offsets[-1], 0)] = True
+    assert not grads[2].isnan().any()
+    for x in (*out, *grads[:2]):
+        assert x[~held].isnan().all()
+        # Elsewhere a sequence and the NaN may fall onto the same token.
+        assert not x[held & between].isnan().any()
     for memory in around:
         assert (memory[:guard] == 7.0).all() and (memory[-guard:] == 7.0).all()
+
+
+@pytest.mark.parametrize("offsets", [[0, 5, 9], [2, 5, 12], [12, 12, 0]])
+def test_what_no_sequence_holds_is_nan(offsets, small_blocks):
+    numbers = [float(x) for x in ScanOptions(0.9, 0.9, False)]
+    rewards, values = (torch.ones(12, device=DEVICE) for _ in range(2))
+    places = torch.tensor(offsets, device=DEVICE)
+    out = OPS.return_scan_triton(rewards, values, *[None] * 5, places, numbers)
+    grads = OPS.return_scan_bwd_triton(rewards, values, *[None] * 3, places, numbers)
+    held = torch.zeros(12, dtype=torch.bool)
+    held[offsets[0] : offsets[-1]] = True
+    for x in (*out, *grads[:2]):
+        assert torch.equal(x.isnan().cpu(), ~held)
+    with pytest.raises(ValueError, match="rise from 0 to 12, got one value"):
+        OPS.return_scan_triton(rewards, values, *[None] * 5, places[:1], numbers)
 
 
 # ---- the operators -------------------------------------------------------------------------------

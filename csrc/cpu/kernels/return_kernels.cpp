@@ -158,8 +158,7 @@ void scan_bwd(const ReturnOptions& o, const ReturnGradSequence& s) {
       s.grad_values[t] = counts ? (float)(second - slope + before.w) : 0.0f;
     }
     if (counts || o.breaks) {
-      const double gamma = done ? 0 : o.gamma;
-      before = {gamma * s.lam * slope, gamma * slope};
+      before = done ? Pair{0, 0} : Pair{o.gamma * s.lam * slope, o.gamma * slope};
     }
   }
   *s.grad_bootstrap = (float)before.w;

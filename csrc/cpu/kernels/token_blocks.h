@@ -2,7 +2,7 @@
 // leaf files share.
 #pragma once
 
-#include "simd.h"
+#include "simd_double.h"
 
 namespace rlkern {
 namespace {
@@ -12,7 +12,6 @@ constexpr int kChain = 32;
 constexpr int kAhead = 512;
 
 typedef float vpart __attribute__((vector_size(RLKERN_VECTOR_BYTES / 2)));
-typedef double vdouble __attribute__((vector_size(RLKERN_VECTOR_BYTES)));
 
 // Sums of N quantities side by side, of which those that a loss does not ask for stay 0: in floats
 // over a chain of blocks, then in doubles.
