@@ -16,7 +16,10 @@ from rlkern import _backend, _native
 from rlkern._schema import SCHEMAS
 
 # Backward operators are served by the backend of their forward.
-_OPERATORS = [name for name in SCHEMAS if not name.rstrip("_").endswith("_bwd")]
+# policy_rows, a part of PolicyLoss.from_logits and from_hidden, by the backend of policy_loss.
+_OPERATORS = [
+    name for name in SCHEMAS if not name.rstrip("_").endswith("_bwd") and name != "policy_rows"
+]
 
 
 def _version(package: str) -> str:

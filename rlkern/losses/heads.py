@@ -127,10 +127,10 @@ class PolicyHeads:
     ) -> LossOutput:
         """The loss from hidden states and the lm_head, the logits never whole in memory.
 
-        A loss that is separable by token (see from_logits) takes its gradients in the forward pass:
-        per chunk of tokens one product for the logits, one for hidden's gradient and one for the
-        weight's, the latter two only where they are needed, and nothing is recomputed. Other losses
-        make the logits once more in the backward.
+        The gradients are taken in the forward pass: per chunk of tokens one product for the logits,
+        one for hidden's gradient and one for the weight's, the latter two only where they are
+        needed. Only where a loss couples the tokens of a sequence (see from_logits), and one is
+        longer than a chunk, are its logits made twice.
 
         Args:
             hidden: [B, T, D], or [total, D] with cu_seqlens.

@@ -167,13 +167,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, vector, grad = output
     ctx.mark_non_differentiable(vector, grad)
     ctx.save_for_backward(grad)
-    ctx.arguments = len(inputs)
+    ctx.arguments, ctx.backend = len(inputs), inputs[-1]
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
     _register.refuse_create_graph("policy_loss_logits")
     (grad,) = ctx.saved_tensors
-    return grad * grad_loss, *[None] * (ctx.arguments - 1)
+    if not _register.is_final(ctx.backend, grad_loss):
+        grad = grad * grad_loss
+    return grad, *[None] * (ctx.arguments - 1)
 
 
 def _fake(logits, *rest):

@@ -60,7 +60,8 @@ def gae(
         lam: in [0, 1], a number or one per sequence, [B].
         mask: bool or integer, true where a token counts. None: all do.
         cu_seqlens: [B + 1] int32 or int64, 0 = first <= ... <= last = total.
-        dones: bool or integer, true at the last token of an episode: neither V nor A of what
+        dones: bool or integer, true at the last counting token of an episode (at a masked one it
+            means nothing): neither V nor A of what
             follows enters there, also where it is NaN or infinite.
         bootstrap_value: [B], V after a sequence's last counting token. None: 0.
         mask_mode: what a masked token between counting ones does. "carry" (verl): it hands on
@@ -254,8 +255,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, backend: str, first: Tensor, second: Tensor) -> tuple[Tensor | None, ...]:
     rewards, values, bootstrap = _register.overload("return_scan_bwd", backend)(
-        first.contiguous(),
-        second.contiguous() if ctx.has_values else None,
+        _dense(first),
+        _dense(second) if ctx.has_values else None,
         *ctx.saved_tensors,
         ctx.options,
     )
@@ -264,6 +265,13 @@ def _backward(ctx: Any, backend: str, first: Tensor, second: Tensor) -> tuple[Te
         values if ctx.has_values else None,
         bootstrap if ctx.has_bootstrap else None,
     )
+
+
+def _dense(grad: Tensor) -> Tensor:
+    """Contiguous in its strides, too, which a tensor without elements need not be."""
+    if grad.is_contiguous() and grad.numel():
+        return grad
+    return grad.clone(memory_format=torch.contiguous_format)
 
 
 def _fake(rewards, values, *rest):

@@ -67,6 +67,8 @@ def whiten(
     _checks.one_of(eps_mode, EPS_MODES, "eps_mode")
     if not scale:
         _check_only_shifts(shift_mean, unbiased, eps, eps_mode)
+    if group is not None:
+        _check_group(group)
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     tensor = tensor.to(dtype).contiguous()
     options = WhitenOptions(shift_mean, scale, unbiased, eps, eps_mode)
@@ -107,6 +109,15 @@ def _check_only_shifts(shift_mean: bool, unbiased: bool, eps: float, eps_mode: s
     for name, value in (("unbiased", unbiased), ("eps", eps), ("eps_mode", eps_mode)):
         if value != getattr(defaults, name):
             raise ValueError(f"{name}: expected its default with scale=False, got {value!r}")
+
+
+def _check_group(group: Any) -> None:
+    import torch.distributed as dist
+
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group: expected a torch.distributed process group, got {type(group).__name__}"
+        )
 
 
 def _merged(moments: Tensor, group: Any) -> Tensor:

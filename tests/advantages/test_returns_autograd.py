@@ -208,3 +208,13 @@ def test_opcheck(scan_backend, packed):
             scan_bwd, (batch["rewards"], second, *flags, lam, offsets, numbers),
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)], ids=str)
+def test_the_gradient_of_nothing(scan_backend, shape):
+    rewards = torch.zeros(shape, dtype=scan_backend.dtype, requires_grad=True)
+    values = torch.zeros(shape, dtype=scan_backend.dtype, requires_grad=True)
+    out = rlkern.gae(rewards, values)
+    (out.advantages.sum() + out.returns.sum()).backward()
+    rlkern.discounted_returns(rewards).sum().backward()
+    assert rewards.grad.shape == shape and values.grad.shape == shape

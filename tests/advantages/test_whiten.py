@@ -304,3 +304,10 @@ def test_refuses(arguments, error, message):
     given = {"x": X} | arguments
     with pytest.raises(error, match=re.escape(message)):
         rlkern.whiten(given.pop("x"), **given)
+
+
+def test_refuses_what_is_no_process_group():
+    with pytest.raises(
+        TypeError, match="group: expected a torch.distributed process group, got str"
+    ):
+        rlkern.whiten(torch.randn(4), group="world")

@@ -8,6 +8,7 @@ import rlkern
 from rlkern import PolicyLoss, RolloutCorrection
 
 D = 12
+RTOL = 2e-5  # test_policy_heads.py says why
 #: Name -> (loss, arguments of the call that it needs besides).
 LOSSES = {
     "ppo": PolicyLoss.preset("ppo", dual_clip=3.0),
@@ -105,3 +106,42 @@ def in_steps(loss, batch, upstream=1.0, temperature=1.0):
         out = loss(logprobs, batch.advantages.double(), entropy=entropy, **given)
     (upstream * out.loss).backward()
     return out.loss.detach(), out.metrics.vector, logits.grad, hidden.grad, weight.grad
+
+
+def near(actual, expected, rtol=RTOL):
+    """In the largest entry, with infinities in the same places."""
+    actual = actual.double()
+    finite = expected.isfinite()
+    assert torch.equal(actual[~finite], expected[~finite])
+    if finite.any():
+        error = (actual - expected)[finite].abs().max()
+        assert error <= rtol * expected[finite].abs().max().clamp(min=1e-3), (error, rtol)
+
+
+def from_logits(loss, batch, upstream=1.0, temperature=1.0, **options):
+    hidden, weight = (x.clone().requires_grad_() for x in (batch.hidden, batch.weight))
+    logits = hidden @ weight.t()
+    seen = []
+    logits.register_hook(seen.append)
+    out = loss.from_logits(
+        logits, batch.ids, batch.advantages, temperature=temperature, entropy=True, **options,
+        **batch.given,
+    )  # fmt: skip
+    (upstream * out.loss).backward()
+    return out.loss.detach(), out.metrics.vector, seen[0], hidden.grad, weight.grad
+
+
+def from_hidden(loss, batch, upstream=1.0, temperature=1.0, **options):
+    hidden, weight = (x.clone().requires_grad_() for x in (batch.hidden, batch.weight))
+    out = loss.from_hidden(
+        hidden, weight, batch.ids, batch.advantages, temperature=temperature, entropy=True,
+        **{"memory_budget": 1} | options, **batch.given,
+    )  # fmt: skip
+    (upstream * out.loss).backward()
+    vector = out.metrics.vector if out.metrics is not None else None
+    return out.loss.detach(), vector, hidden.grad, weight.grad
+
+
+def single(dtype):
+    """The kernels' tests run in fp32; the fp64 backend runs in fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
