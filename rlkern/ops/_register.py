@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -49,6 +50,15 @@ def constant(op: str, backend: str, *args: Any) -> Any:
 def register_python(op: str, backend: str, function: Callable[..., Any]) -> None:
     """Implements an operator in Python on every device."""
     LIBRARY.impl(operator_name(op, backend), function, "CompositeExplicitAutograd")
+
+
+def register_triton(op: str, module: str, function: str) -> None:
+    """Implements an operator by a function of rlkern.triton, imported at its first call."""
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"rlkern.triton.{module}"), function)(*args)
+
+    register_python(op, "triton", call)
 
 
 def register_fake(op: str, function: Callable[..., Any]) -> None:

@@ -325,15 +325,9 @@ def _require_device(tensor: Tensor, name: str, rewards: Tensor) -> None:
 # ---- the operator ------------------------------------------------------------------------------
 
 
-def _triton(*args: Any) -> Tensor:
-    from rlkern.triton import group_advantages as kernels
-
-    return kernels.forward(*args)
-
-
 _backend.register("group_advantages")
 _register.register_fake(
     "group_advantages", lambda rewards, *rest: rewards.new_empty((rewards.shape[0],))
 )
-_register.register_python("group_advantages", "triton", _triton)
+_register.register_triton("group_advantages", "group_advantages", "forward")
 _register.forbid_derivative("group_advantages")

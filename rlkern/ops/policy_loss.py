@@ -8,7 +8,6 @@ the batch's denominators, so that nothing waits for a count over the batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -141,22 +140,11 @@ def _fake_backward(grad_loss, grad_logprobs, grad_entropy, scale):
     return torch.empty_like(grad_logprobs), torch.empty_like(grad_entropy)
 
 
-def _triton(function: str) -> Callable[..., Any]:
-    """A function of the Triton module, which is imported at its first call."""
-
-    def call(*args: Any) -> Any:
-        from rlkern.triton import policy_loss as kernels
-
-        return getattr(kernels, function)(*args)
-
-    return call
-
-
 _backend.register("policy_loss")
 _register.register_fake("policy_loss", _fake)
 _register.register_fake("policy_loss_bwd", _fake_backward)
-_register.register_python("policy_loss", "triton", _triton("forward"))
-_register.register_python("policy_loss_bwd", "triton", _triton("backward"))
+_register.register_triton("policy_loss", "policy_loss", "forward")
+_register.register_triton("policy_loss_bwd", "policy_loss", "backward")
 _call = _register.differentiable(
     "policy_loss",
     (reference.Batch._fields.index("logprobs"), reference.Batch._fields.index("entropy")),

@@ -289,22 +289,11 @@ def _fake_backward(grad_first, grad_second, mask, dones, lam, offsets, options):
     )
 
 
-def _triton(function: str) -> Any:
-    """A function of the Triton module, which is imported at its first call."""
-
-    def call(*args: Any) -> Any:
-        from rlkern.triton import return_scan as kernels
-
-        return getattr(kernels, function)(*args)
-
-    return call
-
-
 _backend.register("return_scan")
 _register.register_fake("return_scan", _fake)
 _register.register_fake("return_scan_bwd", _fake_backward)
-_register.register_python("return_scan", "triton", _triton("forward"))
-_register.register_python("return_scan_bwd", "triton", _triton("backward"))
+_register.register_triton("return_scan", "return_scan", "forward")
+_register.register_triton("return_scan_bwd", "return_scan", "backward")
 _call = _register.differentiable(
     "return_scan",
     tuple(ScanBatch._fields.index(name) for name in _DIFFERENTIABLE),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -302,17 +301,6 @@ def _reference_backward_inplace(*args: Any) -> None:
     args[2].copy_(_reference_backward(*args))
 
 
-def _triton(function: str) -> Callable[..., Any]:
-    """A function of the Triton module, which is imported at its first call."""
-
-    def call(*args: Any) -> Any:
-        from rlkern.triton import token_logprobs as kernels
-
-        return getattr(kernels, function)(*args)
-
-    return call
-
-
 _backend.register("token_logprobs")
 _register.register_fake("token_logprobs", _fake)
 _register.register_fake(
@@ -322,7 +310,7 @@ _register.register_fake("token_logprobs_bwd_", lambda g, h, logits, *rest: None)
 _register.register_python("token_logprobs", "eager", _reference_forward)
 _register.register_python("token_logprobs_bwd", "eager", _reference_backward)
 _register.register_python("token_logprobs_bwd_", "eager", _reference_backward_inplace)
-_register.register_python("token_logprobs", "triton", _triton("forward"))
-_register.register_python("token_logprobs_bwd", "triton", _triton("backward"))
-_register.register_python("token_logprobs_bwd_", "triton", _triton("backward_inplace"))
+_register.register_triton("token_logprobs", "token_logprobs", "forward")
+_register.register_triton("token_logprobs_bwd", "token_logprobs", "backward")
+_register.register_triton("token_logprobs_bwd_", "token_logprobs", "backward_inplace")
 _register_autograd()
