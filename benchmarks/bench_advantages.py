@@ -216,6 +216,12 @@ def scattered(rewards, ids, count):
     return advantages.where(size[ids] > 1, 0.0)
 
 
+def scattered_by_any(rewards, ids, count):
+    """For ids that may be any numbers, which is what rlkern serves."""
+    found, places = torch.unique(ids, return_inverse=True)
+    return scattered(rewards, places, found.numel())
+
+
 def looped(rewards, ids, count):
     """Group by group, as verl and OpenRLHF write it: lists by id, a mean and a std for each."""
     groups: dict[int, list[int]] = {}
@@ -241,6 +247,7 @@ def build_groups():
 
 GROUP_BUILDERS = {
     "rlkern": build_groups,
+    "eager, any ids": lambda: scattered_by_any,
     "eager": lambda: scattered,
     "torch.compile": lambda: torch.compile(scattered, dynamic=False),
     "a loop over groups": lambda: looped,
@@ -248,7 +255,8 @@ GROUP_BUILDERS = {
 
 
 class GroupAdvantages(Case):
-    """Rewards of groups of 2 to 14 completions; the peers know that the ids are dense."""
+    """Rewards of groups of 2 to 14 completions; "eager" and "torch.compile" are told that the ids
+    are dense, and how many there are."""
 
     operator = "group_advantages"
     contestants = tuple(
@@ -260,7 +268,8 @@ class GroupAdvantages(Case):
     bounds = {task: ("copy", "read", "read") for task in (SORTED, SHUFFLED)}
     tolerance = GROUP_TOLERANCE
 
-    def __init__(self, rewards: int) -> None:
+    def __init__(self, rewards: int, cache: str) -> None:
+        self.cache = cache
         generator = torch.Generator().manual_seed(0)
         self.bulk = torch.randn(rewards, generator=generator)
         sizes = torch.randint(2, 2 * GROUP_MEAN - 1, (rewards,), generator=generator)
@@ -272,9 +281,13 @@ class GroupAdvantages(Case):
 
     @staticmethod
     def floors(**params: Any) -> tuple[Floor, ...]:
-        if params != GROUP_SHAPE:
+        if params != GROUP_SHAPE | {"cache": "warm"}:
             return ()
-        return tuple(Floor(f"{t}/rlkern", (f"{t}/eager",), 10) for t in (SORTED, SHUFFLED))
+        return tuple(
+            Floor(f"{t}/rlkern", (f"{t}/{peer}",), 10)
+            for t in (SORTED, SHUFFLED)
+            for peer in ("eager, any ids", "eager")
+        )
 
     def prepare(self, task: str) -> tuple[Any, ...]:
         # The ceilings scale the bulk in place.
@@ -353,8 +366,10 @@ class Whiten(Case):
 
 
 @pytest.mark.parametrize("contestant", [c.key for c in GroupAdvantages.contestants])
-def test_group_advantages(contest, quick, contestant):
-    contest(GroupAdvantages, GROUP_QUICK_SHAPE if quick else GROUP_SHAPE, contestant)
+@pytest.mark.parametrize("cache", ("warm", "cold"))
+def test_group_advantages(contest, quick, cache, contestant):
+    shape = GROUP_QUICK_SHAPE if quick else GROUP_SHAPE
+    contest(GroupAdvantages, shape | {"cache": cache}, contestant)
 
 
 @pytest.mark.parametrize("contestant", [c.key for c in Whiten.contestants])

@@ -66,6 +66,10 @@ class Case:
     #: Task -> the ceilings whose added time no implementation of that task can beat.
     bounds: ClassVar[dict[str, tuple[str, ...]]]
 
+    #: "cold": all is pushed out of the caches before each timed call, code included, as after
+    #: a model's forward pass. "warm": two calls go before it, as in a loop of nothing else.
+    cache: str = "cold"
+
     #: The tensor whose traffic dominates: ceilings move its bytes, memory is a share of it.
     bulk: torch.Tensor
     #: A result is wrong, and gets no speed, when any of its errors exceeds this.

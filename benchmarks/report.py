@@ -13,7 +13,8 @@ contestant's. "x peer": how many times as fast as that peer. Cycles: time x thre
 / elements. Extra memory: the peak above the inputs, results included, as a share of the logits (the
 bulk tensor). Page faults: of one call; results and temporaries come from fresh pages, and that is
 part of the time of whoever allocates them. Error: the worst one against float64; what is wrong gets
-no speed.
+no speed. Before each call everything is pushed out of the caches, code included; in cases that say
+"warm", two calls go before it instead, and the ceilings are those of the cache.
 """
 
 

@@ -94,7 +94,7 @@ def alternate(
     ready: Mapping[str, Ready],
     rounds: int,
     warmup: int,
-    before: Callable[[], object] = lambda: None,
+    before: Callable[[Callable[[], Any]], object] = lambda call: None,
     clock: Callable[[Callable[[], Any]], tuple[float, int]] = timed,
 ) -> dict[str, list[tuple[float, int]]]:
     """Times A B C A B C ...: a slow minute of the machine then falls on all alike.
@@ -103,14 +103,14 @@ def alternate(
         ready: The contestants, in the order of their turns.
         rounds: Samples per contestant that are kept.
         warmup: Rounds before them that are not.
-        before: Called before each timed call, after the inputs are restored.
+        before: Given each call before it is timed, after the inputs are restored.
         clock: Runs a call and returns its (seconds, page faults).
     """
     samples: dict[str, list[tuple[float, int]]] = {key: [] for key in ready}
     for turn in range(warmup + rounds):
         for key, make_ready in ready.items():
             call = make_ready()
-            before()
+            before(call)
             sample = clock(call)
             if turn >= warmup:
                 samples[key].append(sample)
@@ -122,13 +122,21 @@ def work(case: Case, rounds: int, warmup: int) -> dict[str, Any]:
     ready, entries = admit(case)
     contestants = list(ready)
     add_ceilings(case, ready)
-    eviction = torch.ones(_EVICTION_BYTES // 4)
+    eviction = torch.ones(_EVICTION_BYTES // 4 if case.cache == "cold" else 0)
+
+    def before(call):
+        if case.cache == "cold":
+            # Restoring the inputs leaves their last part in the cache, modified; reading something
+            # else writes it back before the clock starts, for everyone.
+            eviction.sum()
+        else:
+            call()
+            call()
+
     # A collection in the middle of a call would cross everything that the peers imported.
     gc.collect()
     gc.freeze()
-    # Restoring the inputs leaves their last part in the cache, modified; reading something else
-    # writes it back before the clock starts, for everyone.
-    samples = alternate(ready, rounds, warmup, before=eviction.sum)
+    samples = alternate(ready, rounds, warmup, before=before)
     for key, values in samples.items():
         entry = entries.setdefault(key, {"status": "ok"})
         entry["seconds"] = [seconds for seconds, _ in values]

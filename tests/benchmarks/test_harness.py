@@ -5,7 +5,7 @@ import torch
 from toy_bench import TEMPORARY_BYTES, Toy
 
 from benchmarks import report, worker
-from benchmarks.case import Floor, MemoryLimit
+from benchmarks.case import Contestant, Floor, MemoryLimit
 from benchmarks.measure import Plan, judge, measure, process_medians, run_child, times_as_fast
 from benchmarks.memory import peak_extra_bytes
 
@@ -33,10 +33,32 @@ def test_contestants_take_turns_after_restoring():
         return float(len(log)), 0
 
     contestants = {name: (lambda name=name: ready(name)) for name in "AB"}
-    samples = worker.alternate(contestants, 2, 1, before=lambda: log.append("evict"), clock=clock)
+
+    def evict(call):
+        log.append("evict")
+
+    samples = worker.alternate(contestants, 2, 1, before=evict, clock=clock)
     turn = ["restore A", "evict", "run A", "restore B", "evict", "run B"]
     assert log == turn * 3
     assert samples == {"A": [(9.0, 0), (15.0, 0)], "B": [(12.0, 0), (18.0, 0)]}
+
+
+def test_warm_calls_follow_two_others():
+    calls = {"cold": 0, "warm": 0}
+
+    class Counted(Toy):
+        contestants = (Contestant("double", "right", lambda: lambda x: counted(x)),)
+
+    def counted(x):
+        calls[case.cache] += 1
+        return 2 * x
+
+    for cache in calls:
+        case = Counted(size=64)
+        case.cache = cache
+        worker.work(case, rounds=3, warmup=1)
+    # Compared once, weighed by the probe as often in both; the rest are the turns.
+    assert calls["warm"] - calls["cold"] == 2 * 4
 
 
 def test_clock_measures_the_call_alone():
