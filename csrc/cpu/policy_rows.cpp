@@ -86,7 +86,7 @@ struct Results {
 
 Results over_rows(const LogitRows& rows, const Tensor& logits, const TokenInputs& in,
                   const PolicyOptions& o, bool return_entropy, const Tensor& grad) {
-  rows.check_values();
+  rows.check_values(false);
   std::vector<int64_t> sizes(logits.sizes().begin(), logits.sizes().end() - 1);
   const auto empty = [&](const std::vector<int64_t>& shape) {
     return torch::stable::new_empty(logits, shape, ScalarType::Float);

@@ -18,6 +18,7 @@ namespace rlkern {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 Tensor new_tokens(const Tensor& logits, std::vector<int64_t> sizes) {
   return torch::stable::new_empty(logits, sizes, ScalarType::Float);
@@ -36,7 +37,7 @@ void backward_rows(const LogitRows& rows, const std::optional<Tensor>& grad_logp
   check(state.is_contiguous() && state.numel() == 2 * rows.grid.size() &&
             state.scalar_type() == ScalarType::Float,
         "state: expected what the forward pass returned");
-  rows.check_values();
+  rows.check_values(true);
   const float* saved = static_cast<const float*>(state.data_ptr());
   const TokenGrid out_grid = token_grid(grad, grad.dim() - 1, "grad");
   char* out = static_cast<char*>(grad.data_ptr());
@@ -70,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs_cpu(Tensor logits, Tensor toke
                                                       std::optional<double> softcap,
                                                       bool return_entropy) {
   const LogitRows rows(logits, token_ids, mask, token_temperature, temperature, softcap);
-  rows.check_values();
+  rows.check_values(true);
   std::vector<int64_t> sizes(logits.sizes().begin(), logits.sizes().end() - 1);
   Tensor logprobs = new_tokens(logits, sizes);
   Tensor entropy = new_tokens(logits, return_entropy ? sizes : std::vector<int64_t>{0});
@@ -91,7 +92,8 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs_cpu(Tensor logits, Tensor toke
         result = token_logprob(pass.others, pass.target);
         max = pass.max;
       }
-      logp[i] = static_cast<float>(result.logprob);
+      const bool elsewhere = rows.counts(i) && rows.ids[i] == kElsewhere;
+      logp[i] = elsewhere ? kNaN : static_cast<float>(result.logprob);
       if (ent != nullptr) ent[i] = static_cast<float>(result.entropy);
       saved[2 * i] = max;
       saved[2 * i + 1] = static_cast<float>(result.log_sum);

@@ -7,13 +7,14 @@ where neither the weight nor the bias needs a gradient, and the logits'.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from rlkern import _backend
-from rlkern.ops import _checks, _register
+from rlkern.ops import _checks, _register, _vocab_parallel
 from rlkern.ops._head import (
     MEMORY_BUDGET,
     GradientSum,
@@ -23,6 +24,7 @@ from rlkern.ops._head import (
     chunk_rows,
     chunks,
 )
+from rlkern.ops._vocab_parallel import Columns
 from rlkern.ops.policy_rows import RowArguments
 from rlkern.ops.token_logprobs import TokenLogprobs
 from rlkern.reference import linear_token_logprobs as reference
@@ -42,6 +44,7 @@ def linear_token_logprobs(
     return_entropy: Literal[False] = ...,
     memory_budget: int = ...,
     batch_invariant: bool = ...,
+    vocab_group: Any = ...,
 ) -> Tensor: ...
 @overload
 def linear_token_logprobs(
@@ -57,6 +60,7 @@ def linear_token_logprobs(
     return_entropy: Literal[True],
     memory_budget: int = ...,
     batch_invariant: bool = ...,
+    vocab_group: Any = ...,
 ) -> TokenLogprobs: ...
 def linear_token_logprobs(
     hidden: Tensor,
@@ -71,6 +75,7 @@ def linear_token_logprobs(
     return_entropy: bool = False,
     memory_budget: int = MEMORY_BUDGET,
     batch_invariant: bool = False,
+    vocab_group: Any = None,
 ) -> Tensor | TokenLogprobs:
     """Log-probability of chosen tokens from hidden states and the lm_head, the logits never whole.
 
@@ -96,6 +101,11 @@ def linear_token_logprobs(
         batch_invariant: every product has the same shape, whatever the number of tokens, by padding
             the last chunk with zeros; a token's results and the gradient of its hidden state then
             do not depend on the batch around it, on one machine with one number of threads.
+        vocab_group: a torch.distributed process group over whose ranks the lm_head is spread: each
+            holds V consecutive rows of it, in the order of the ranks, the same hidden states and
+            the same of everything else; token_ids then count over all rows. As in token_logprobs,
+            with one all-reduce more in the backward, of the gradient of hidden, which every rank
+            gets whole.
 
     Returns:
         logprobs [...], float32 (float64 for float64 hidden); with return_entropy a
@@ -116,11 +126,15 @@ def linear_token_logprobs(
     rows = chunk_rows(weight.shape[0], hidden.element_size(), checked_budget(memory_budget))
     if not isinstance(batch_invariant, bool):
         raise TypeError(f"batch_invariant: expected a bool, got {batch_invariant!r}")
-    _checks.check_token_values(ids, mask, per_token, weight.shape[0])
+    columns = None
+    if vocab_group is not None:
+        columns = _vocab_parallel.Columns.of(weight.shape[0], vocab_group, hidden.device)
+    vocab = weight.shape[0] if columns is None else columns.total
+    _checks.check_token_values(ids, mask, per_token, vocab)
     number, per_token, softcap = reference.without_scale(scale, number, per_token, softcap)
     arguments = RowArguments(ids, mask, per_token, number, softcap)
     logprobs, entropy = head_logprobs(
-        hidden, weight, bias, rows, batch_invariant, arguments, return_entropy
+        hidden, weight, bias, rows, batch_invariant, arguments, return_entropy, columns
     )
     if entropy is None:
         return logprobs
@@ -135,19 +149,16 @@ def head_logprobs(
     invariant: bool,
     arguments: RowArguments,
     return_entropy: bool,
+    columns: Columns | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """logprobs [...] and entropy, differentiable, from checked arguments."""
     backend = _backend.choose("token_logprobs", hidden.device.type, hidden.dtype)
-    logprobs, entropy, _ = torch.ops.rlkern.linear_token_logprobs(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        *arguments.flat(),
-        return_entropy,
-        rows,
-        invariant,
-        backend,
-    )
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    args = (*arguments.flat(), return_entropy, rows, invariant, backend)
+    if columns is None:
+        logprobs, entropy, _ = torch.ops.rlkern.linear_token_logprobs(flat, weight, bias, *args)
+    else:
+        logprobs, entropy = _Parallel.apply(columns, flat, weight, bias, *args)
     shape = hidden.shape[:-1]
     return logprobs.view(shape), entropy.view(shape) if return_entropy else None
 
@@ -218,15 +229,42 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(hidden, weight, bias, ids, mask, per_token, logprobs, entropy, state)
 
 
-def _autograd(ctx: Any, *grads: Tensor | None) -> Any:
+def _gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> Any:
     temperature, softcap, return_entropy, rows, invariant, backend = ctx.numbers
     *tensors, logprobs, entropy, state = ctx.saved_tensors
     found = torch.ops.rlkern.linear_token_logprobs_bwd(
         grads[0], grads[1] if return_entropy else None, *tensors, temperature, softcap, logprobs,
-        entropy, state, rows, invariant, backend, list(ctx.needs_input_grad[:3]),
+        entropy, state, rows, invariant, backend, list(needs),
     )  # fmt: skip
-    needed = zip(found, ctx.needs_input_grad, strict=False)
-    return (*(grad if needs else None for grad, needs in needed), *[None] * 9)
+    return tuple(grad if needed else None for grad, needed in zip(found, needs, strict=True))
+
+
+def _autograd(ctx: Any, *grads: Tensor | None) -> Any:
+    return *_gradients(ctx, grads, ctx.needs_input_grad[:3]), *[None] * 9
+
+
+class _Parallel(torch.autograd.Function):
+    """Of a lm_head that is spread over processes; of eager mode, for its collectives."""
+
+    @staticmethod
+    def forward(ctx: Any, columns: Columns, *args: Any) -> tuple[Tensor, Tensor]:
+        hidden, weight, bias, ids, mask, per_token, temperature, *numbers = args
+        here = columns.own_ids(ids)
+        inputs = (hidden, weight, bias, here, mask, per_token, temperature, *numbers)
+        inverse = 1.0 / temperature if per_token is None else 1.0 / per_token.double()
+        logprobs, entropy, state = _forward(*inputs)
+        output = columns.merged(logprobs, entropy, state, here, mask, inverse)
+        ctx.columns = columns
+        _setup_context(ctx, inputs, output)
+        return output[0], output[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        _register.refuse_create_graph("linear_token_logprobs")
+        of_hidden, *rest = _gradients(ctx, grads, ctx.needs_input_grad[1:4])
+        if of_hidden is not None:
+            of_hidden = ctx.columns.summed(of_hidden)
+        return None, of_hidden, *rest, *[None] * 9
 
 
 def _fake(hidden, weight, bias, *rest):

@@ -130,7 +130,7 @@ void forward_row(const LogitRow& row, const RowKept& kept, RowForward* out) {
   const double inv_temperature = row.inv_temperature;
   alignas(64) float values[kBlock];
 
-  const float target = value_at<Type, kCapped>(x, row.target, cap);
+  const float target = row.target < 0 ? -kInf : value_at<Type, kCapped>(x, row.target, cap);
   float max = target;
   SoftmaxState<double> state{0, 0, 0};  // its maximum stands in `max`: sums in units of y - max
   for (long long begin = 0; begin < row.size; begin += kBlock) {
@@ -215,7 +215,7 @@ void backward_row(const LogitRow& row, const RowBackward& grad, void* out) {
 
   float target_grad = plain_nan(grad.target * row.inv_temperature);
   // Read before the row is written over. A gradient of 0 stays 0 where the logit is not finite.
-  if (kCapped && target_grad != 0) {
+  if (kCapped && row.target >= 0 && target_grad != 0) {
     target_grad *= cap.derivative(load_partial<Type>(x + row.target, 1))[0];
   }
   long long j = 0;
@@ -230,7 +230,7 @@ void backward_row(const LogitRow& row, const RowBackward& grad, void* out) {
     const long long rest = row.size - j < kLanes ? row.size - j : kLanes;
     store_partial<Type>(dx + j, gradient(load_partial<Type>(x + j, rest)), rest);
   }
-  store_partial<Type>(dx + row.target, broadcast(target_grad), 1);
+  if (row.target >= 0) store_partial<Type>(dx + row.target, broadcast(target_grad), 1);
 }
 
 template <typename Type>

@@ -13,14 +13,14 @@ enum class LogitType { kFloat, kHalf, kBFloat16, kCount };
 struct LogitRow {
   const void* x;
   long long size;
-  long long target;
+  long long target;  // negative: none in this row
   float inv_temperature;
   float softcap;
 };
 
 struct RowForward {
   SoftmaxState<double> others;  // in units of z; leaves the target out, except from the maximum
-  double target;                // z_y - max
+  double target;                // z_y - max; -inf where there is none
   float max;                    // of y
 };
 
