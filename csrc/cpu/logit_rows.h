@@ -12,8 +12,8 @@ namespace rlkern {
 // Elements below which a second thread costs more than it brings.
 constexpr int64_t kGrain = 16384;
 
-// The id of a token whose logit stands in another process's columns: its log-probability is NaN, the
-// rest of the row what it is.
+// The id of a token whose logit stands in another process's columns: its log-probability is NaN,
+// the rest of the row what it is.
 constexpr int64_t kElsewhere = -(int64_t{1} << 62);
 
 inline LogitType logit_type(const Tensor& logits) {
@@ -75,8 +75,8 @@ struct LogitRows {
   void check_values(bool or_elsewhere) const {
     for (int64_t i = 0; i < grid.size(); ++i) {
       if (!counts(i)) continue;
-      check((ids[i] >= 0 && ids[i] < vocab) || (or_elsewhere && ids[i] == kElsewhere), "token_ids: expected values in [0, ", vocab, "), got ",
-            ids[i], " at token ", i);
+      check((ids[i] >= 0 && ids[i] < vocab) || (or_elsewhere && ids[i] == kElsewhere),
+            "token_ids: expected values in [0, ", vocab, "), got ", ids[i], " at token ", i);
       check(!token_temperature || token_temperature[i] > 0,
             "temperature: expected positive values, got ",
             token_temperature ? token_temperature[i] : 0.0f, " at token ", i);

@@ -29,7 +29,7 @@ def test_every_argument_is_mentioned(name):
 def test_the_examples_run():
     scope: dict = {}
     blocks = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(block, scope)
     first = scope["first"]
@@ -37,3 +37,5 @@ def test_the_examples_run():
         torch.testing.assert_close(other.loss, first.loss)
         assert other.metrics.item_dict() == pytest.approx(first.metrics.item_dict(), rel=1e-4)
     assert scope["hidden"].grad.abs().sum() > 0
+    # Of the whole vocabulary, in a group of one.
+    torch.testing.assert_close(scope["logprobs"], scope["old"])
