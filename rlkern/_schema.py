@@ -29,6 +29,12 @@ SCHEMAS = {
     "token_logprobs": (
         f"(Tensor logits, {_TOKEN_LOGPROBS}, bool return_entropy) -> (Tensor, Tensor, Tensor)"
     ),
+    # The same, and outputs [..., 3], without a gradient: the mean of the logits, the log of the sum
+    # of squared probabilities, and 1 where the token is the most probable one, the first of equals.
+    "token_logprobs_outputs": (
+        f"(Tensor logits, {_TOKEN_LOGPROBS}, bool return_entropy) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
+    ),
     "token_logprobs_bwd": (
         f"(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, {_TOKEN_LOGPROBS}, "
         f"{_TOKEN_LOGPROBS_SAVED}) -> Tensor"
@@ -60,6 +66,8 @@ SCHEMAS = {
         f"(Tensor logits, Tensor(a!) grad, {_TOKEN_LOGPROBS}, {_POLICY_TOKENS}, "
         "bool return_entropy) -> (Tensor, Tensor, Tensor)"
     ),
+    # sum, in float32, += part, in any of the logits' dtypes; contiguous tensors of one size.
+    "add_widened_": "(Tensor(a!) sum, Tensor part) -> ()",
     # -> loss [], metrics in float64, the gradient (or [0]), and what it is still to be multiplied
     # by, [1].
     "value_loss": (
@@ -105,10 +113,12 @@ SCHEMAS = {
 # Operators in Python over the others, the same for all backends: which one serves the row pass
 # is an argument.
 COMPOSITES = {
-    # rows: of a chunk. -> logprobs [N], entropy [N] or [0], state [N, 2], as of token_logprobs.
+    # rows: of a chunk. wide: logits in float32, whatever the factors are. -> logprobs [N], entropy
+    # [N] or [0], state [N, 2], outputs [N, 3] or [0], as of token_logprobs_outputs.
     "linear_token_logprobs": (
         f"(Tensor hidden, Tensor weight, Tensor? bias, {_TOKEN_LOGPROBS}, bool return_entropy, "
-        "int rows, bool invariant, str backend) -> (Tensor, Tensor, Tensor)"
+        "bool outputs, int rows, bool invariant, bool wide, str backend) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
     ),
     # A separable policy loss (policy_rows) with what its losses and metrics need beside it.
     # -> loss [], metrics, and the gradient of the logits for an upstream of 1.
@@ -121,7 +131,8 @@ COMPOSITES = {
     "policy_loss_hidden": (
         f"(Tensor hidden, Tensor weight, Tensor? bias, {_TOKEN_LOGPROBS}, {_POLICY_TOKENS}, "
         f"{_POLICY_WHOLE}, bool return_entropy, Tensor? active, bool metrics, int rows, "
-        "bool invariant, str backend, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "bool invariant, bool wide, str backend, bool[] needs) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     # The same of a loss that couples the tokens of a sequence. denominators [3], float64:
     # normalizer, num_sequences and entropy_normalizer of the whole batch, NaN where there is none.
@@ -129,14 +140,14 @@ COMPOSITES = {
         f"(Tensor hidden, Tensor weight, Tensor? bias, {_TOKEN_LOGPROBS}, Tensor advantages, "
         "Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_logprobs, "
         "Tensor? token_weights, Tensor? entropy_mask, Tensor denominators, "
-        f"{_POLICY_WHOLE}, bool return_entropy, int rows, bool invariant, str backend, "
-        "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        f"{_POLICY_WHOLE}, bool return_entropy, int rows, bool invariant, bool wide, "
+        "str backend, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     # -> the gradients of hidden, weight and bias, [0] where it is not needed.
     "linear_token_logprobs_bwd": (
         "(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, "
-        f"{_TOKEN_LOGPROBS}, {_TOKEN_LOGPROBS_SAVED}, int rows, bool invariant, str backend, "
-        "bool[] needs) -> (Tensor, Tensor, Tensor)"
+        f"{_TOKEN_LOGPROBS}, {_TOKEN_LOGPROBS_SAVED}, int rows, bool invariant, bool wide, "
+        "str backend, bool[] needs) -> (Tensor, Tensor, Tensor)"
     ),
 }
 
@@ -145,6 +156,9 @@ SUFFIXES = {"native": "", "triton": "_triton", "eager": "_reference"}
 
 # Operators whose eager form is the definition itself, differentiated by autograd.
 WITHOUT_REFERENCE = tuple(op for op in SCHEMAS if not op.startswith("token_logprobs"))
+
+# Elsewhere torch's own serves.
+NATIVE_ONLY = ("add_widened_",)
 
 LIBRARY = torch.library.Library("rlkern", "DEF")
 
@@ -158,6 +172,8 @@ def operator_name(op: str, backend: str) -> str:
 
 def backends(op: str) -> tuple[str, ...]:
     """The backends that have an operator of their own for it."""
+    if op in NATIVE_ONLY:
+        return ("native",)
     return tuple(b for b in SUFFIXES if b != "eager" or op not in WITHOUT_REFERENCE)
 
 

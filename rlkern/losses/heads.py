@@ -13,7 +13,7 @@ from rlkern.losses.calls import LossOutput
 from rlkern.losses.readers import POLICY_METRICS
 from rlkern.metrics import Metrics
 from rlkern.ops import _checks
-from rlkern.ops._head import MEMORY_BUDGET, checked_budget, checked_products, chunk_rows
+from rlkern.ops._head import checked_cut, checked_products
 from rlkern.ops._layout import Layout
 from rlkern.ops.policy_hidden import Head, policy_loss_hidden
 from rlkern.ops.policy_logits import policy_loss_logits
@@ -118,7 +118,8 @@ class PolicyHeads:
         logit_scale: float = 1.0,
         entropy: bool = False,
         metrics: bool = True,
-        memory_budget: int = MEMORY_BUDGET,
+        logits_dtype: torch.dtype | None = None,
+        memory_budget: int | None = None,
         batch_invariant: bool = False,
         compact: bool | None = None,
         mask: Tensor | None = None,
@@ -134,7 +135,8 @@ class PolicyHeads:
 
         Args:
             hidden: [B, T, D], or [total, D] with cu_seqlens.
-            weight, bias, logit_scale, memory_budget, batch_invariant: as in linear_token_logprobs.
+            weight, bias, logit_scale, logits_dtype, memory_budget, batch_invariant: as in
+                linear_token_logprobs.
             token_ids, advantages, temperature, softcap, entropy, mask, cu_seqlens, **given: as in
                 from_logits.
             metrics: False leaves metrics out, and so the products of tokens that only they need.
@@ -158,8 +160,7 @@ class PolicyHeads:
             scale, rows.temperature, rows.token_temperature, rows.softcap
         )
         rows = RowArguments(rows.token_ids, rows.mask, per_token, number, cap)
-        count = chunk_rows(w.shape[0], h.element_size(), checked_budget(memory_budget))
-        head = Head(h, w, b, count, _flag(batch_invariant, "batch_invariant"))
+        head = Head(h, w, b, checked_cut(h, w, memory_budget, batch_invariant, logits_dtype))
         if compact is None:
             compact = h.device.type == "cpu"
         measured = _wants_entropy(self, entropy)

@@ -16,13 +16,16 @@ from torch import Tensor
 
 from rlkern import _backend
 from rlkern.ops import _register, policy_rows
-from rlkern.ops._head import Chunk, GradientSum, Logits, chunks
+from rlkern.ops._head import Chunk, Cut, GradientSum, Logits, chunks
 from rlkern.ops.linear_token_logprobs import head_logprobs
 from rlkern.ops.policy_logits import WholeArguments, loss_and_metrics, whole_arguments
 from rlkern.ops.policy_loss import METRICS, policy_loss
 from rlkern.ops.policy_rows import RowArguments, TokenArguments
 from rlkern.reference import policy_loss as definition
 from rlkern.reference.aggregation import Denominators
+
+# One row in so many is too few to be worth moving others.
+_FEW = 16
 
 
 class Head(NamedTuple):
@@ -31,8 +34,7 @@ class Head(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    rows: int
-    invariant: bool
+    cut: Cut
 
 
 class SequenceArguments(NamedTuple):
@@ -62,10 +64,10 @@ def policy_loss_hidden(
     backend = _backend.choose("policy_loss", hidden.device.type, hidden.dtype)
     needs = [factor is not None and factor.requires_grad for factor in (hidden, weight, bias)]
     if backend == "eager" or not torch.is_grad_enabled() or not any(needs):
-        logprobs, entropy = head_logprobs(*head, rows, return_entropy)
+        logprobs, entropy, _ = head_logprobs(*head, rows, return_entropy)
         return policy_loss(loss, batch._replace(logprobs=logprobs, entropy=entropy), given)
     whole = whole_arguments(loss, batch, given)
-    cut = (head.rows, head.invariant, backend, needs)
+    cut = (*head.cut, backend, needs)
     if not policy_rows.is_separable(loss):
         of_sequences = SequenceArguments(
             batch.advantages,
@@ -106,8 +108,11 @@ class _Pass:
         self.logprobs = hidden.new_zeros(total, dtype=torch.float32)
         self.entropy = hidden.new_zeros(total if return_entropy else 0, dtype=torch.float32)
         self.grad_hidden = torch.zeros_like(hidden) if needs[0] else None
-        self.of_weight = GradientSum(head.weight) if needs[1] else None
-        self.of_bias = GradientSum(head.bias) if needs[2] and head.bias is not None else None
+        several = total > head.cut.rows
+        self.of_weight = GradientSum(head.weight, backend, several) if needs[1] else None
+        self.of_bias = None
+        if needs[2] and head.bias is not None:
+            self.of_bias = GradientSum(head.bias, backend, several)
 
     def look(self, chunk: Chunk, z: Tensor) -> Tensor:
         """Log-probabilities and entropy; returns the row pass's state."""
@@ -130,6 +135,7 @@ class _Pass:
     def multiply(self, chunk: Chunk, h: Tensor, z: Tensor) -> None:
         """The gradients, from that of the logits, which has taken their place."""
         z[chunk.count :] = 0
+        z = z.to(h.dtype)
         grads = z[: chunk.count]
         if self.grad_hidden is not None:
             self.grad_hidden[chunk.rows] = torch.mm(z, self.head.weight)[: chunk.count]
@@ -147,8 +153,8 @@ class _Pass:
         )
 
 
-def _flat_head(hidden: Tensor, *rest: Any) -> Head:
-    return Head(hidden.reshape(-1, hidden.shape[-1]), *rest)
+def _flat_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *cut: Any) -> Head:
+    return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, Cut(*cut))
 
 
 # ---- losses that are separable by token ----------------------------------------------------------
@@ -157,9 +163,9 @@ def _flat_head(hidden: Tensor, *rest: Any) -> Head:
 def _by_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Any:
     rows, tokens = RowArguments(*args[:5]), TokenArguments(*args[5:13])
     whole = WholeArguments(*args[13:18])
-    return_entropy, active, metrics, count, invariant, backend, needs = args[18:]
+    return_entropy, active, metrics, count, invariant, wide, backend, needs = args[18:]
     shape = hidden.shape[:-1]
-    head = _flat_head(hidden, weight, bias, count, invariant)
+    head = _flat_head(hidden, weight, bias, count, invariant, wide)
     done = _Pass(head, rows.flat(), return_entropy, backend, needs)
     flat = tokens.flat()
     total, mask = head.hidden.shape[0], done.rows.mask
@@ -173,7 +179,7 @@ def _by_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) 
     for chunk in chunks(total, learns, count):
         h, z = done.logits.of(chunk)
         grads = z[: chunk.count]
-        logprobs, entropy, _ = policy_rows.run(
+        logprobs, entropy, upstream = policy_rows.run(
             backend,
             grads,
             grads,
@@ -182,12 +188,34 @@ def _by_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) 
             return_entropy,
         )
         done.keep(chunk, logprobs, entropy)
+        if active is not None and not invariant and z.device.type == "cpu":
+            chunk, h, z = _moved_together(chunk, h, z, upstream.any(-1))
         done.multiply(chunk, h, z)
     kept = done.entropy.view(shape) if return_entropy else None
     value, vector = loss_and_metrics(
         backend, done.logprobs.view(shape), kept, rows.mask, tokens[:6], whole
     )
     return value, vector, *done.gradients(hidden.shape)
+
+
+def _moved_together(
+    chunk: Chunk, h: Tensor, grads: Tensor, moves: Tensor
+) -> tuple[Chunk, Tensor, Tensor]:
+    """Leaves rows whose gradient is 0 (clipped ones) out of the products to come: those behind move
+    into their places, without memory for a second copy."""
+    count = int(moves.sum())
+    # A row that moves costs two passes over it, one that is left out saves two products.
+    if (len(moves) - count) * _FEW < len(moves):
+        return chunk, h, grads
+    holes = (~moves[:count]).nonzero().squeeze(1)
+    behind = moves[count:].nonzero().squeeze(1) + count
+    for to, origin in zip(holes.tolist(), behind.tolist(), strict=True):
+        grads[to].copy_(grads[origin])
+    order = torch.arange(count)
+    order[holes] = behind
+    rows = chunk.rows
+    places = order + rows.start if isinstance(rows, slice) else rows[order]
+    return Chunk(places, count), h[order], grads[:count]
 
 
 # ---- losses that couple the tokens of a sequence -------------------------------------------------
@@ -229,9 +257,9 @@ def _runs(shape: torch.Size, offsets: Tensor | None, rows: int) -> Iterator[_Run
 def _by_sequences(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Any:
     rows, given = RowArguments(*args[:5]), SequenceArguments(*args[5:12])
     whole = WholeArguments(*args[12:17])
-    return_entropy, count, invariant, backend, needs = args[17:]
+    return_entropy, count, invariant, wide, backend, needs = args[17:]
     shape = hidden.shape[:-1]
-    head = _flat_head(hidden, weight, bias, count, invariant)
+    head = _flat_head(hidden, weight, bias, count, invariant, wide)
     done = _Pass(head, rows.flat(), return_entropy, backend, needs)
     for run in _runs(shape, whole.offsets, count):
         parts = list(chunks(head.hidden.shape[0], done.rows.mask, count, run.begin, run.end))

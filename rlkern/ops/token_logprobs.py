@@ -350,13 +350,48 @@ def _reference_backward_inplace(*args: Any) -> None:
     args[2].copy_(_reference_backward(*args))
 
 
+def _reference_outputs(*args: Any) -> tuple[Tensor, ...]:
+    found = _reference_forward(*args)
+    return *found, _outputs(found[2], *args)
+
+
+def _composed_outputs(backend: str) -> Any:
+    def token_logprobs_outputs(*args):
+        found = _register.overload("token_logprobs", backend)(*args)
+        return *found, _outputs(found[2], *args)
+
+    return token_logprobs_outputs
+
+
+def _outputs(state, logits, token_ids, mask, token_temperature, temperature, softcap, _):
+    found = reference.outputs(
+        logits.reshape(-1, logits.shape[-1]),
+        token_ids.reshape(-1),
+        _flat(logits, mask, True),
+        _flat(logits, token_temperature, temperature),
+        softcap,
+        state.reshape(-1, 2),
+    )
+    return found.view(*logits.shape[:-1], 3)
+
+
+def _fake_outputs(logits, *rest):
+    logprobs, entropy, state = _fake(logits, *rest)
+    return logprobs, entropy, state, state.new_empty((*logits.shape[:-1], 3))
+
+
 _backend.register("token_logprobs")
 _register.register_fake("token_logprobs", _fake)
 _register.register_fake(
     "token_logprobs_bwd", lambda g, h, logits, *rest: logits.new_empty(logits.shape)
 )
 _register.register_fake("token_logprobs_bwd_", lambda g, h, logits, *rest: None)
+_register.register_fake("token_logprobs_outputs", _fake_outputs)
 _register.register_python("token_logprobs", "eager", _reference_forward)
+_register.register_python("token_logprobs_outputs", "eager", _reference_outputs)
+_register.register_python("token_logprobs_outputs", "triton", _composed_outputs("triton"))
+# On a GPU with compiled kernels, too; the CPU's own is in C++.
+_register.LIBRARY.impl("token_logprobs_outputs", _composed_outputs("native"), "CUDA")
 _register.register_python("token_logprobs_bwd", "eager", _reference_backward)
 _register.register_python("token_logprobs_bwd_", "eager", _reference_backward_inplace)
 _register.register_triton("token_logprobs", "token_logprobs", "forward")

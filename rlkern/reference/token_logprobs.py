@@ -69,6 +69,26 @@ def forward(
     )
 
 
+def outputs(
+    logits: Tensor,
+    token_ids: Tensor,
+    counts: Tensor,
+    temperature: Tensor,
+    softcap: float | None,
+    state: Tensor,
+) -> Tensor:
+    """[N, 3]: the mean of z, log sum_j p_j^2, and 1 where the token is the argmax of z."""
+    counts = counts.bool()
+    y, _ = capped(logits, softcap)
+    z, top = relative(y, temperature)
+    squares = torch.logsumexp(2 * z, -1) - 2 * state[:, 1]
+    best = (y == top).to(torch.uint8).argmax(-1)
+    is_best = (best == token_ids) & (top.squeeze(1) != -torch.inf) & ~state[:, 1].isnan()
+    mean = (y / temperature[:, None]).mean(-1)
+    found = torch.stack([mean, squares, is_best.to(y.dtype)], -1)
+    return found.where(counts[:, None], 0.0)
+
+
 def backward(
     grad_logprobs: Tensor,
     grad_entropy: Tensor,

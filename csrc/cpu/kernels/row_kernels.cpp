@@ -185,6 +185,44 @@ void forward_keeping(const LogitRow& row, bool entropy, const RowKept& kept, Row
   forward_as_asked<Type, true>(row, entropy, kept, out);
 }
 
+template <typename Type, bool kCapped>
+void outputs_row(const LogitRow& row, float max, RowOutputs* out) {
+  const auto* x = static_cast<const typename Type::Scalar*>(row.x);
+  const Cap cap(row.softcap);
+  const Exp2Scale scale(2 * kLog2e * row.inv_temperature);
+  const float base = max == -kInf ? 0.0f : max;
+  alignas(64) float values[kBlock];
+  *out = {0, 0, false};
+  for (long long begin = 0; begin < row.size; begin += kBlock) {
+    const long long count = row.size - begin < kBlock ? row.size - begin : kBlock;
+    load_block<Type, kCapped>(x + begin, count, cap, values);
+    vfloat sum[kSums] = {}, squares[kSums] = {};
+    long long j = 0;
+    for (; j + kStep <= count; j += kStep) {
+      for (int s = 0; s < kSums; ++s) {
+        const vfloat v = FloatType::load(values + j + s * kLanes);
+        sum[s] += v;
+        squares[s] += exp2_scaled(v - base, scale).value();
+      }
+    }
+    out->sum += reduce_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    // The block is padded with -inf, which has no square and would be the sum.
+    for (long long i = j; i < count; ++i) out->sum += values[i];
+    for (; j < count; j += kLanes) {
+      squares[0] += exp2_scaled(FloatType::load(values + j) - base, scale).value();
+    }
+    out->squares += reduce_sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    const long long before = row.target - begin < count ? row.target - begin : count;
+    for (long long i = 0; i < before; ++i) out->earlier |= values[i] == max;
+  }
+}
+
+template <typename Type>
+void outputs(const LogitRow& row, float max, RowOutputs* out) {
+  row.softcap > 0 ? outputs_row<Type, true>(row, max, out)
+                  : outputs_row<Type, false>(row, max, out);
+}
+
 // A NaN without a payload, which survives the rounding to bfloat16 as NaN.
 RLKERN_INLINE float plain_nan(float x) { return x != x ? __builtin_nanf("") : x; }
 
@@ -308,4 +346,6 @@ extern "C" const rlkern::RowKernels RLKERN_JOIN(rlkern_row_kernels_, RLKERN_ISA)
      rlkern::forward_keeping<rlkern::BFloat16Type>},
     {rlkern::backward_from_kept<rlkern::FloatType>, rlkern::backward_from_kept<rlkern::HalfType>,
      rlkern::backward_from_kept<rlkern::BFloat16Type>},
+    {rlkern::outputs<rlkern::FloatType>, rlkern::outputs<rlkern::HalfType>,
+     rlkern::outputs<rlkern::BFloat16Type>},
 };
