@@ -1,4 +1,4 @@
-"""token_logprobs against eager, torch.compile and TRL, forward and with its backward.
+"""token_logprobs against eager, torch.compile, TRL, verl and OpenRLHF, forward and with backward.
 
 Forward runs under no_grad, as old and reference log-probabilities are taken. With backward, the
 call and the gradient with respect to the logits are one timed region. Peers get the dtype that
@@ -13,12 +13,20 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.case import Case, Contestant, Floor, MemoryLimit
+from benchmarks import peers
+from benchmarks.case import FULL, SHORT, Case, Contestant, Floor, MemoryLimit
 
 FORWARD = "forward"
 BACKWARD = "forward + backward"
 SHAPE = {"rows": 4, "tokens": 128, "vocab": 151936}
 QUICK_SHAPE = {"rows": 2, "tokens": 16, "vocab": 4096}
+#: Llama 2, GPT-2 (its rows begin at odd addresses), Llama 3 and Gemma, whose vocabularies they are.
+SIDE_SHAPES = (
+    {"rows": 4, "tokens": 128, "vocab": 32000},
+    {"rows": 4, "tokens": 64, "vocab": 50257},
+    {"rows": 4, "tokens": 32, "vocab": 128256},
+    {"rows": 4, "tokens": 32, "vocab": 262144},
+)
 # A bf16 log-probability near -16 is rounded by up to 1/32; eager takes its gradient from that.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 1e-2}
 
@@ -40,6 +48,14 @@ def build_trl():
     from trl.trainer.utils import selective_log_softmax
 
     return selective_log_softmax
+
+
+def build_verl():
+    return peers.member("verl.utils.torch_functional", "logprobs_from_logits")
+
+
+def build_openrlhf():
+    return peers.member("openrlhf.models.utils", "log_probs_from_logits")
 
 
 def build_rlkern(inplace_backward: bool = False):
@@ -93,20 +109,27 @@ class Produce(torch.autograd.Function):
         raise AssertionError("no gradient is asked for below the logits")
 
 
+PEERS = {
+    "eager": build_eager,
+    "torch.compile": build_compiled,
+    "TRL": build_trl,
+    "verl": build_verl,
+    "OpenRLHF": build_openrlhf,
+    # Log-probabilities by its cross entropy, as flash-attn's serve verl.
+    "Liger": peers.gpu_only("Liger-Kernel's Triton cross entropy"),
+}
+
+
 class TokenLogprobs(Case):
     """Logits [rows, tokens, vocab] as a trainer holds them, and one chosen token each."""
 
     operator = "token_logprobs"
     contestants = (
         Contestant(FORWARD, "rlkern", forward(build_rlkern)),
-        Contestant(FORWARD, "eager", forward(build_eager)),
-        Contestant(FORWARD, "torch.compile", forward(build_compiled)),
-        Contestant(FORWARD, "TRL", forward(build_trl)),
+        *(Contestant(FORWARD, name, forward(build)) for name, build in PEERS.items()),
         Contestant(BACKWARD, "rlkern in place", with_backward(lambda: build_rlkern(True))),
         Contestant(BACKWARD, "rlkern", with_backward(build_rlkern)),
-        Contestant(BACKWARD, "eager", with_backward(build_eager)),
-        Contestant(BACKWARD, "torch.compile", with_backward(build_compiled)),
-        Contestant(BACKWARD, "TRL", with_backward(build_trl)),
+        *(Contestant(BACKWARD, name, with_backward(build)) for name, build in PEERS.items()),
     )
     bounds = {FORWARD: ("read",), BACKWARD: ("read", "scale")}
 
@@ -186,7 +209,16 @@ class TokenLogprobs(Case):
         return worst
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+DTYPES = ("float32", "bfloat16")
+SHAPES = [(SHAPE, FULL, dtype) for dtype in DTYPES]
+SHAPES += [(shape, SHORT, "bfloat16") for shape in SIDE_SHAPES]
+# fp32 beside the main shape where it differs most: odd addresses.
+SHAPES += [(SIDE_SHAPES[1], SHORT, "float32")]
+IDS = [f"{shape['vocab']}-{dtype}" for shape, _, dtype in SHAPES]
+
+
+@pytest.mark.parametrize("shape, plan, dtype", SHAPES, ids=IDS)
 @pytest.mark.parametrize("contestant", [c.key for c in TokenLogprobs.contestants])
-def test_token_logprobs(contest, quick, dtype, contestant):
-    contest(TokenLogprobs, (QUICK_SHAPE if quick else SHAPE) | {"dtype": dtype}, contestant)
+def test_token_logprobs(contest, quick, shape, plan, dtype, contestant):
+    shape = QUICK_SHAPE if quick else shape
+    contest(TokenLogprobs, shape | {"dtype": dtype}, contestant, plan)

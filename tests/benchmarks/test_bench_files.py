@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.bench_advantages import SCAN_QUICK_SHAPE, ReturnScans, build_loop
+from benchmarks import bench_return_scan
+from benchmarks.bench_return_scan import ReturnScans, build_loop
 from benchmarks.bench_token_logprobs import BACKWARD, FORWARD, QUICK_SHAPE, TokenLogprobs, eager
 
 HERE = Path(__file__).parent
@@ -61,8 +62,9 @@ def test_quick_token_logprobs(tmp_path):
     assert "No floor is promised" in run.stdout
 
     kept = json.loads((results / "token_logprobs.json").read_text())
-    assert kept["machine"]["versions"]["torch"] == torch.__version__
-    assert kept["cases"][0]["entries"]["forward/eager"]["samples"]
+    (case,) = kept["cases"]
+    assert case["machine"]["versions"]["torch"] == torch.__version__
+    assert case["entries"]["forward/eager"]["samples"]
     for text in ((results / "token_logprobs.md").read_text(), json.dumps(kept)):
         assert str(ROOT) not in text and str(tmp_path) not in text
     eager_runs = [b for b in json.loads(data.read_text())["benchmarks"] if "eager" in b["name"]]
@@ -74,7 +76,7 @@ def test_quick_token_logprobs(tmp_path):
 
 
 def test_quick_return_scan():
-    run = run_pytest(ROOT / "benchmarks" / "bench_advantages.py", "--quick", "-k", "return_scan")
+    run = run_pytest(ROOT / "benchmarks" / "bench_return_scan.py", "--quick")
     assert run.returncode == 0, run.stdout + run.stderr
     for task in ReturnScans.bounds:
         table = rows(run.stdout, task)
@@ -85,7 +87,7 @@ def test_quick_return_scan():
 class TestReturnScanErrors:
     @pytest.mark.parametrize("task", list(ReturnScans.bounds))
     def test_each_result_is_looked_at(self, task):
-        case = ReturnScans(**SCAN_QUICK_SHAPE)
+        case = ReturnScans(**bench_return_scan.QUICK_SHAPE)
         right = build_loop(task)(*case.prepare(task))
         assert max(case.errors(task, right).values()) < case.tolerance
         for i in range(len(right)):
