@@ -21,6 +21,11 @@ _POLICY_WHOLE = (
     "Tensor? offsets, Tensor? normalizer, Tensor? num_sequences, Tensor? entropy_normalizer, "
     "float[] options"
 )
+# divergence: a place in DIVERGENCES of reference/vocab_divergence.py. beta: of Jensen-Shannon.
+_VOCAB_DIVERGENCE = (
+    "Tensor? mask, Tensor? token_temperature, float temperature, float? softcap, int divergence, "
+    "float beta"
+)
 _TOKEN_LOGPROBS_SAVED = "Tensor logprobs, Tensor entropy, Tensor state"
 
 SCHEMAS = {
@@ -37,6 +42,21 @@ SCHEMAS = {
     "token_logprobs_bwd_": (
         f"(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor(a!) logits, {_TOKEN_LOGPROBS}, "
         f"{_TOKEN_LOGPROBS_SAVED}) -> ()"
+    ),
+    # Of two distributions, logits and ref_logits [..., V] in one dtype. -> divergence [...], state
+    # [..., 6], see reference/vocab_divergence.py.
+    "vocab_divergence": (
+        f"(Tensor logits, Tensor ref_logits, {_VOCAB_DIVERGENCE}) -> (Tensor, Tensor)"
+    ),
+    # The gradient of logits.
+    "vocab_divergence_bwd": (
+        "(Tensor grad_value, Tensor logits, Tensor ref_logits, "
+        f"{_VOCAB_DIVERGENCE}, Tensor state) -> Tensor"
+    ),
+    # The same, written to grad, which may be logits or ref_logits.
+    "vocab_divergence_bwd_": (
+        "(Tensor grad_value, Tensor(a!) grad, Tensor logits, Tensor ref_logits, "
+        f"{_VOCAB_DIVERGENCE}, Tensor state) -> ()"
     ),
     # -> loss [], metrics [sums, maxima] in float64, the gradients with respect to logprobs and
     # entropy (or [0]), and what each is still to be multiplied by, [2]: one over the batch's
@@ -132,6 +152,18 @@ COMPOSITES = {
         f"{_POLICY_WHOLE}, bool return_entropy, int rows, bool invariant, str backend, "
         "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
+    # rows: of a chunk, of the policy's and of the reference's logits. -> divergence [N], state.
+    "linear_kl_divergence": (
+        "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, "
+        f"Tensor? ref_bias, {_VOCAB_DIVERGENCE}, int rows, bool invariant, str backend) "
+        "-> (Tensor, Tensor)"
+    ),
+    # -> the gradients of hidden, weight and bias, [0] where it is not needed.
+    "linear_kl_divergence_bwd": (
+        "(Tensor grad_value, Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, "
+        f"Tensor ref_weight, Tensor? ref_bias, {_VOCAB_DIVERGENCE}, Tensor state, int rows, "
+        "bool invariant, str backend, bool[] needs) -> (Tensor, Tensor, Tensor)"
+    ),
     # -> the gradients of hidden, weight and bias, [0] where it is not needed.
     "linear_token_logprobs_bwd": (
         "(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, "
@@ -144,7 +176,9 @@ COMPOSITES = {
 SUFFIXES = {"native": "", "triton": "_triton", "eager": "_reference"}
 
 # Operators whose eager form is the definition itself, differentiated by autograd.
-WITHOUT_REFERENCE = tuple(op for op in SCHEMAS if not op.startswith("token_logprobs"))
+WITHOUT_REFERENCE = tuple(
+    op for op in SCHEMAS if not op.startswith(("token_logprobs", "vocab_divergence"))
+)
 
 LIBRARY = torch.library.Library("rlkern", "DEF")
 

@@ -25,7 +25,8 @@ inline LogitType logit_type(const Tensor& logits) {
   }
 }
 
-// What forward and backward share: the logits' rows and the values that belong to each.
+// What forward and backward share: the logits' rows and the values that belong to each. Without
+// token ids a row's target is its first value.
 struct LogitRows {
   TokenGrid grid;
   LogitType type;
@@ -38,9 +39,9 @@ struct LogitRows {
   float inv_temperature;
   float softcap;
 
-  LogitRows(const Tensor& logits, const Tensor& token_ids, const std::optional<Tensor>& mask_,
-            const std::optional<Tensor>& token_temperature_, double temperature,
-            std::optional<double> softcap_)
+  LogitRows(const Tensor& logits, const std::optional<Tensor>& token_ids,
+            const std::optional<Tensor>& mask_, const std::optional<Tensor>& token_temperature_,
+            double temperature, std::optional<double> softcap_)
       : grid(token_grid(logits, token_dims(logits), "logits")),
         type(logit_type(logits)),
         element_size(type == LogitType::kFloat ? 4 : 2),
@@ -62,7 +63,7 @@ struct LogitRows {
   void* row_data(int64_t token) const { return data + grid.offset(token) * element_size; }
   LogitRow row(int64_t token) const {
     const float inv = token_temperature ? 1.0f / token_temperature[token] : inv_temperature;
-    return {row_data(token), vocab, ids[token], inv, softcap};
+    return {row_data(token), vocab, ids ? ids[token] : 0, inv, softcap};
   }
   int64_t grain() const { return kGrain / vocab + 1; }
 
@@ -70,8 +71,8 @@ struct LogitRows {
   void check_values() const {
     for (int64_t i = 0; i < grid.size(); ++i) {
       if (!counts(i)) continue;
-      check(ids[i] >= 0 && ids[i] < vocab, "token_ids: expected values in [0, ", vocab, "), got ",
-            ids[i], " at token ", i);
+      check(!ids || (ids[i] >= 0 && ids[i] < vocab), "token_ids: expected values in [0, ", vocab,
+            "), got ", ids ? ids[i] : 0, " at token ", i);
       check(!token_temperature || token_temperature[i] > 0,
             "temperature: expected positive values, got ",
             token_temperature ? token_temperature[i] : 0.0f, " at token ", i);

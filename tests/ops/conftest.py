@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 
-import rlkern
-from rlkern import _native
+# The helpers above this file.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import rlkern  # noqa: E402
+from rlkern import _native  # noqa: E402
 
 CPU_BACKENDS = ("eager", "native-avx512", "native-avx2", "native-portable")
 
