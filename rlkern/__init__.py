@@ -10,6 +10,7 @@ from rlkern.metrics import Metrics  # noqa: E402
 from rlkern.ops.group_advantages import group_advantages  # noqa: E402
 from rlkern.ops.kl_divergence import kl_divergence  # noqa: E402
 from rlkern.ops.kl_penalty import kl_penalty  # noqa: E402
+from rlkern.ops.linear_kl_divergence import linear_kl_divergence  # noqa: E402
 from rlkern.ops.linear_token_logprobs import linear_token_logprobs  # noqa: E402
 from rlkern.ops.returns import GAE, VTrace, discounted_returns, gae, vtrace  # noqa: E402
 from rlkern.ops.token_logprobs import TokenLogprobs, token_logprobs  # noqa: E402
@@ -31,6 +32,7 @@ __all__ = [
     "group_advantages",
     "kl_divergence",
     "kl_penalty",
+    "linear_kl_divergence",
     "linear_token_logprobs",
     "token_logprobs",
     "use_backend",
