@@ -26,6 +26,8 @@ _VOCAB_DIVERGENCE = (
     "Tensor? mask, Tensor? token_temperature, float temperature, float? softcap, int divergence, "
     "float beta"
 )
+# Of a loss with the exact KL; kl_scale as in policy_loss_logits.
+_EXACT_KL = "Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, Tensor? kl_scale"
 _TOKEN_LOGPROBS_SAVED = "Tensor logprobs, Tensor entropy, Tensor state"
 
 SCHEMAS = {
@@ -130,24 +132,27 @@ COMPOSITES = {
         f"(Tensor hidden, Tensor weight, Tensor? bias, {_TOKEN_LOGPROBS}, bool return_entropy, "
         "int rows, bool invariant, str backend) -> (Tensor, Tensor, Tensor)"
     ),
-    # A separable policy loss (policy_rows) with what its losses and metrics need beside it.
-    # -> loss [], metrics, and the gradient of the logits for an upstream of 1.
+    # A separable policy loss (policy_rows) with what its losses and metrics need beside it. With
+    # ref_logits the exact KL is one of them: kl_scale [...] multiplies a token's, None: it is only
+    # measured. -> loss [], metrics, and the gradient of the logits for an upstream of 1.
     "policy_loss_logits": (
-        f"(Tensor logits, {_TOKEN_LOGPROBS}, {_POLICY_TOKENS}, {_POLICY_WHOLE}, "
+        f"(Tensor logits, Tensor? ref_logits, Tensor? kl_scale, {_TOKEN_LOGPROBS}, "
+        f"{_POLICY_TOKENS}, {_POLICY_WHOLE}, "
         "bool return_entropy, str backend) -> (Tensor, Tensor, Tensor)"
     ),
     # active: where a token's gradient may differ from 0; others are left out of its products.
     # -> loss [], metrics, and the gradients of hidden, weight and bias, [0] where not needed.
     "policy_loss_hidden": (
-        f"(Tensor hidden, Tensor weight, Tensor? bias, {_TOKEN_LOGPROBS}, {_POLICY_TOKENS}, "
-        f"{_POLICY_WHOLE}, bool return_entropy, Tensor? active, bool metrics, int rows, "
-        "bool invariant, str backend, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        f"(Tensor hidden, Tensor weight, Tensor? bias, {_EXACT_KL}, {_TOKEN_LOGPROBS}, "
+        f"{_POLICY_TOKENS}, {_POLICY_WHOLE}, bool return_entropy, Tensor? active, bool metrics, "
+        "int rows, bool invariant, str backend, bool[] needs) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     # The same of a loss that couples the tokens of a sequence. denominators [3], float64:
     # normalizer, num_sequences and entropy_normalizer of the whole batch, NaN where there is none.
     "policy_loss_sequences": (
-        f"(Tensor hidden, Tensor weight, Tensor? bias, {_TOKEN_LOGPROBS}, Tensor advantages, "
-        "Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_logprobs, "
+        f"(Tensor hidden, Tensor weight, Tensor? bias, {_EXACT_KL}, {_TOKEN_LOGPROBS}, "
+        "Tensor advantages, Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_logprobs, "
         "Tensor? token_weights, Tensor? entropy_mask, Tensor denominators, "
         f"{_POLICY_WHOLE}, bool return_entropy, int rows, bool invariant, str backend, "
         "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"

@@ -86,13 +86,19 @@ def kl_divergence(
     ref = checked_reference(logits, ref_logits)
     arguments = checked_arguments(logits, "logits", mask, divergence, beta, temperature, softcap)
     backend = _backend.choose("vocab_divergence", logits.device.type, logits.dtype)
-    shape = logits.shape[:-1]
-    rows, ref = _rows(logits), _rows(ref)
+    return divergence_of(logits, ref, arguments, backend)
+
+
+def divergence_of(
+    logits: Tensor, ref_logits: Tensor, arguments: DivergenceArguments, backend: str
+) -> Tensor:
+    """[...], differentiable, from checked arguments."""
+    rows, ref = _rows(logits), _rows(ref_logits)
     if logits.dim() > 3:
         arguments = arguments.changed(lambda x: x.reshape(rows.shape[:-1]))
     graph = torch.is_grad_enabled() and logits.requires_grad
     (value,) = _call(backend, (rows, ref, *arguments), graph)
-    return value.view(shape)
+    return value.view(logits.shape[:-1])
 
 
 def checked_reference(logits: Tensor, ref_logits: object) -> Tensor:

@@ -85,7 +85,8 @@ def linear_kl_divergence(
         scale, given.temperature, given.token_temperature, given.softcap
     )
     given = given._replace(temperature=number, token_temperature=per_token, softcap=cap)
-    return head_divergence(hidden, weight, bias, reference, rows, batch_invariant, given)
+    backend = _backend.choose("vocab_divergence", hidden.device.type, hidden.dtype)
+    return head_divergence(hidden, weight, bias, reference, rows, batch_invariant, given, backend)
 
 
 def checked_reference_head(
@@ -120,9 +121,9 @@ def head_divergence(
     rows: int,
     invariant: bool,
     given: DivergenceArguments,
+    backend: str,
 ) -> Tensor:
     """[...], differentiable, from checked arguments."""
-    backend = _backend.choose("vocab_divergence", hidden.device.type, hidden.dtype)
     ref_hidden, ref_weight, ref_bias = reference
     value, _ = torch.ops.rlkern.linear_kl_divergence(
         hidden.reshape(-1, hidden.shape[-1]),
