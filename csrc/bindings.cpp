@@ -9,6 +9,7 @@
 #include "cpu/sum.h"
 #include "cpu/token_logprobs.h"
 #include "cpu/value_loss.h"
+#include "cpu/vocab_divergence.h"
 #include "cpu/whiten.h"
 
 STABLE_TORCH_LIBRARY_IMPL(rlkern, CPU, m) {
@@ -25,6 +26,9 @@ STABLE_TORCH_LIBRARY_IMPL(rlkern, CPU, m) {
   m.impl("policy_rows", TORCH_BOX(&rlkern::policy_rows_cpu));
   m.impl("return_scan", TORCH_BOX(&rlkern::return_scan_cpu));
   m.impl("return_scan_bwd", TORCH_BOX(&rlkern::return_scan_bwd_cpu));
+  m.impl("vocab_divergence", TORCH_BOX(&rlkern::vocab_divergence_cpu));
+  m.impl("vocab_divergence_bwd", TORCH_BOX(&rlkern::vocab_divergence_bwd_cpu));
+  m.impl("vocab_divergence_bwd_", TORCH_BOX(&rlkern::vocab_divergence_bwd_into_cpu));
   m.impl("token_logprobs", TORCH_BOX(&rlkern::token_logprobs_cpu));
   m.impl("token_logprobs_outputs", TORCH_BOX(&rlkern::token_logprobs_outputs_cpu));
   m.impl("token_logprobs_bwd", TORCH_BOX(&rlkern::token_logprobs_bwd_cpu));

@@ -21,6 +21,13 @@ _POLICY_WHOLE = (
     "Tensor? offsets, Tensor? normalizer, Tensor? num_sequences, Tensor? entropy_normalizer, "
     "float[] options"
 )
+# divergence: a place in DIVERGENCES of reference/vocab_divergence.py. beta: of Jensen-Shannon.
+_VOCAB_DIVERGENCE = (
+    "Tensor? mask, Tensor? token_temperature, float temperature, float? softcap, int divergence, "
+    "float beta"
+)
+# Of a loss with the exact KL; kl_scale as in policy_loss_logits.
+_EXACT_KL = "Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, Tensor? kl_scale"
 _TOKEN_LOGPROBS_SAVED = "Tensor logprobs, Tensor entropy, Tensor state"
 
 SCHEMAS = {
@@ -43,6 +50,21 @@ SCHEMAS = {
     "token_logprobs_bwd_": (
         f"(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor(a!) logits, {_TOKEN_LOGPROBS}, "
         f"{_TOKEN_LOGPROBS_SAVED}) -> ()"
+    ),
+    # Of two distributions, logits and ref_logits [..., V] in one dtype. -> divergence [...], state
+    # [..., 6], see reference/vocab_divergence.py.
+    "vocab_divergence": (
+        f"(Tensor logits, Tensor ref_logits, {_VOCAB_DIVERGENCE}) -> (Tensor, Tensor)"
+    ),
+    # The gradient of logits.
+    "vocab_divergence_bwd": (
+        "(Tensor grad_value, Tensor logits, Tensor ref_logits, "
+        f"{_VOCAB_DIVERGENCE}, Tensor state) -> Tensor"
+    ),
+    # The same, written to grad, which may be logits or ref_logits.
+    "vocab_divergence_bwd_": (
+        "(Tensor grad_value, Tensor(a!) grad, Tensor logits, Tensor ref_logits, "
+        f"{_VOCAB_DIVERGENCE}, Tensor state) -> ()"
     ),
     # -> loss [], metrics [sums, maxima] in float64, the gradients with respect to logprobs and
     # entropy (or [0]), and what each is still to be multiplied by, [2]: one over the batch's
@@ -120,28 +142,42 @@ COMPOSITES = {
         "bool outputs, int rows, bool invariant, bool wide, str backend) "
         "-> (Tensor, Tensor, Tensor, Tensor)"
     ),
-    # A separable policy loss (policy_rows) with what its losses and metrics need beside it.
-    # -> loss [], metrics, and the gradient of the logits for an upstream of 1.
+    # A separable policy loss (policy_rows) with what its losses and metrics need beside it. With
+    # ref_logits the exact KL is one of them: kl_scale [...] multiplies a token's, None: it is only
+    # measured. -> loss [], metrics, and the gradient of the logits for an upstream of 1.
     "policy_loss_logits": (
-        f"(Tensor logits, {_TOKEN_LOGPROBS}, {_POLICY_TOKENS}, {_POLICY_WHOLE}, "
+        f"(Tensor logits, Tensor? ref_logits, Tensor? kl_scale, {_TOKEN_LOGPROBS}, "
+        f"{_POLICY_TOKENS}, {_POLICY_WHOLE}, "
         "bool return_entropy, str backend) -> (Tensor, Tensor, Tensor)"
     ),
     # active: where a token's gradient may differ from 0; others are left out of its products.
     # -> loss [], metrics, and the gradients of hidden, weight and bias, [0] where not needed.
     "policy_loss_hidden": (
-        f"(Tensor hidden, Tensor weight, Tensor? bias, {_TOKEN_LOGPROBS}, {_POLICY_TOKENS}, "
-        f"{_POLICY_WHOLE}, bool return_entropy, Tensor? active, bool metrics, int rows, "
-        "bool invariant, bool wide, str backend, bool[] needs) "
+        f"(Tensor hidden, Tensor weight, Tensor? bias, {_EXACT_KL}, {_TOKEN_LOGPROBS}, "
+        f"{_POLICY_TOKENS}, {_POLICY_WHOLE}, bool return_entropy, Tensor? active, bool metrics, "
+        "int rows, bool invariant, bool wide, str backend, bool[] needs) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     # The same of a loss that couples the tokens of a sequence. denominators [3], float64:
     # normalizer, num_sequences and entropy_normalizer of the whole batch, NaN where there is none.
     "policy_loss_sequences": (
-        f"(Tensor hidden, Tensor weight, Tensor? bias, {_TOKEN_LOGPROBS}, Tensor advantages, "
-        "Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_logprobs, "
+        f"(Tensor hidden, Tensor weight, Tensor? bias, {_EXACT_KL}, {_TOKEN_LOGPROBS}, "
+        "Tensor advantages, Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_logprobs, "
         "Tensor? token_weights, Tensor? entropy_mask, Tensor denominators, "
         f"{_POLICY_WHOLE}, bool return_entropy, int rows, bool invariant, bool wide, "
         "str backend, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    # rows: of a chunk, of the policy's and of the reference's logits. -> divergence [N], state.
+    "linear_kl_divergence": (
+        "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, "
+        f"Tensor? ref_bias, {_VOCAB_DIVERGENCE}, int rows, bool invariant, bool wide, str backend) "
+        "-> (Tensor, Tensor)"
+    ),
+    # -> the gradients of hidden, weight and bias, [0] where it is not needed.
+    "linear_kl_divergence_bwd": (
+        "(Tensor grad_value, Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, "
+        f"Tensor ref_weight, Tensor? ref_bias, {_VOCAB_DIVERGENCE}, Tensor state, int rows, "
+        "bool invariant, bool wide, str backend, bool[] needs) -> (Tensor, Tensor, Tensor)"
     ),
     # -> the gradients of hidden, weight and bias, [0] where it is not needed.
     "linear_token_logprobs_bwd": (
@@ -155,7 +191,9 @@ COMPOSITES = {
 SUFFIXES = {"native": "", "triton": "_triton", "eager": "_reference"}
 
 # Operators whose eager form is the definition itself, differentiated by autograd.
-WITHOUT_REFERENCE = tuple(op for op in SCHEMAS if not op.startswith("token_logprobs"))
+WITHOUT_REFERENCE = tuple(
+    op for op in SCHEMAS if not op.startswith(("token_logprobs", "vocab_divergence"))
+)
 
 # Elsewhere torch's own serves.
 NATIVE_ONLY = ("add_widened_",)

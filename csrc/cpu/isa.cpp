@@ -76,6 +76,8 @@ const GroupKernels& group_kernels() { RLKERN_PICK(rlkern_group_kernels) }
 
 const WhitenKernels& whiten_kernels() { RLKERN_PICK(rlkern_whiten_kernels) }
 
+const DivergenceKernels& divergence_kernels() { RLKERN_PICK(rlkern_divergence_kernels) }
+
 }  // namespace rlkern
 
 #define RLKERN_EXPORT extern "C" __attribute__((visibility("default")))

@@ -1,6 +1,7 @@
 // Which build of the leaf kernels runs: the best that the machine has, or RLKERN_CPU_ISA.
 #pragma once
 
+#include "kernels/divergence_kernels.h"
 #include "kernels/group_kernels.h"
 #include "kernels/policy_kernels.h"
 #include "kernels/return_kernels.h"
@@ -19,5 +20,6 @@ const SumKernels& sum_kernels();
 const ValueKernels& value_kernels();
 const GroupKernels& group_kernels();
 const WhitenKernels& whiten_kernels();
+const DivergenceKernels& divergence_kernels();
 
 }  // namespace rlkern

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlkern.losses import exact_kl
 from rlkern.losses.calls import LossOutput
 from rlkern.losses.readers import POLICY_METRICS
 from rlkern.metrics import Metrics
@@ -62,6 +63,7 @@ class PolicyHeads:
         softcap: float | None = None,
         entropy: bool = False,
         inplace: bool = False,
+        ref_logits: Tensor | None = None,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         **given: Any,
@@ -84,6 +86,8 @@ class PolicyHeads:
                 autograd is told, so that in eager another saved use of them, or a second backward,
                 raises. Inside torch.compile the out-of-place form runs. For next-token logits pass
                 the whole [B, T + 1, V] with one masked column.
+            ref_logits: of the reference, in the shape and dtype of logits, without gradient; needed
+                with kl_estimator "exact" and a kl_coef. Temperature and softcap are theirs too.
             mask, cu_seqlens: as in a call of this loss.
             **given: old_logprobs, ref_logprobs, rollout_logprobs, token_weights, entropy_mask,
                 normalizer, num_sequences and entropy_normalizer, as in a call of this loss.
@@ -99,11 +103,15 @@ class PolicyHeads:
         _checks.check_token_values(*rows[:3], tensor.shape[-1])
         measured = _wants_entropy(self, entropy)
         batch, denominators = _collected(layout, advantages, rows.mask, given)
-        self._check_call(_with_entropy(batch, measured), denominators)
+        ref = exact_kl.reference_logits(self, tensor, ref_logits, batch, denominators)
+        base = self._without_exact_kl
+        base._check_call(_with_entropy(batch, measured), denominators)
         loss, vector = policy_loss_logits(
-            self, tensor, rows, batch, denominators, measured, _flag(inplace, "inplace")
+            base, tensor, rows, batch, denominators, measured, _flag(inplace, "inplace"), ref
         )
-        return _output(self, loss, vector, batch, measured)
+        return _output(
+            self, loss, vector, batch.ref_logprobs is not None or ref is not None, measured
+        )
 
     def from_hidden(
         self: Any,
@@ -122,6 +130,9 @@ class PolicyHeads:
         memory_budget: int | None = None,
         batch_invariant: bool = False,
         compact: bool | None = None,
+        ref_hidden: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         **given: Any,
@@ -131,7 +142,8 @@ class PolicyHeads:
         The gradients are taken in the forward pass: per chunk of tokens one product for the logits,
         one for hidden's gradient and one for the weight's, the latter two only where they are
         needed. Only where a loss couples the tokens of a sequence (see from_logits), and one is
-        longer than a chunk, are its logits made twice.
+        longer than a chunk, are its logits made twice. kl_estimator "exact" makes the reference's
+        logits of the same chunk besides, and counts them in memory_budget.
 
         Args:
             hidden: [B, T, D], or [total, D] with cu_seqlens.
@@ -144,6 +156,10 @@ class PolicyHeads:
                 those of zero advantage where neither a KL nor an entropy bonus asks for them (of
                 the gradient's products; with metrics=False of all). On a GPU that makes the host
                 wait once for a count. None: on a CPU only.
+            ref_hidden, ref_weight, ref_bias: of the reference: [B, T, D'] or [total, D'], whose
+                hidden size may be another, [V, D'] and [V], without gradient; needed with
+                kl_estimator "exact" and a kl_coef. logit_scale, softcap and temperature are theirs
+                too.
 
         Returns, Raises:
             As a call of this loss, and what linear_token_logprobs raises. With metrics=False the
@@ -160,14 +176,23 @@ class PolicyHeads:
             scale, rows.temperature, rows.token_temperature, rows.softcap
         )
         rows = RowArguments(rows.token_ids, rows.mask, per_token, number, cap)
-        head = Head(h, w, b, checked_cut(h, w, memory_budget, batch_invariant, logits_dtype))
+        models = 1 if ref_hidden is None else 2
+        cut = checked_cut(h, w, memory_budget, batch_invariant, logits_dtype, models)
+        head = Head(h, w, b, cut)
         if compact is None:
             compact = h.device.type == "cpu"
         measured = _wants_entropy(self, entropy)
         batch, denominators = _collected(layout, advantages, rows.mask, given)
-        self._check_call(_with_entropy(batch, measured), denominators)
+        ref = exact_kl.reference_head(
+            self, h, w, (ref_hidden, ref_weight, ref_bias), batch, denominators
+        )
+        has_ref = batch.ref_logprobs is not None or ref is not None
+        if ref is not None and ref.scale is None and not metrics:
+            ref = None  # it would be measured for nobody
+        base = self._without_exact_kl
+        base._check_call(_with_entropy(batch, measured), denominators)
         loss, vector = policy_loss_hidden(
-            self,
+            base,
             head,
             rows,
             batch,
@@ -175,10 +200,11 @@ class PolicyHeads:
             measured,
             _flag(metrics, "metrics"),
             _flag(compact, "compact"),
+            ref,
         )
         if not metrics:
             return LossOutput(loss, None)  # type: ignore[arg-type]
-        return _output(self, loss, vector, batch, measured)
+        return _output(self, loss, vector, has_ref, measured)
 
 
 def _flag(value: object, name: str) -> bool:
@@ -234,9 +260,9 @@ def _collected(
 
 
 def _output(
-    loss: Any, value: Tensor, vector: Tensor, batch: Batch, has_entropy: bool
+    loss: Any, value: Tensor, vector: Tensor, has_ref: bool, has_entropy: bool
 ) -> LossOutput:
-    names = loss._names[batch.ref_logprobs is not None, has_entropy]
+    names = loss._names[has_ref, has_entropy]
     return LossOutput(value, Metrics(vector, POLICY_METRICS, names))
 
 

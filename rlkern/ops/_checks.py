@@ -269,7 +269,12 @@ def check_token_values(
             f"token_ids: expected values in [0, {vocab}), got {int(ids[where])} at [{at}]; "
             "mask out positions that do not count"
         )
-    if temperature is None:
+    check_temperature_values(temperature, mask)
+
+
+def check_temperature_values(temperature: Tensor | None, mask: Tensor | None) -> None:
+    """The same of a temperature alone."""
+    if temperature is None or not values_are_checked(temperature):
         return
     where = first_offence(~((temperature >= SMALLEST) & (temperature <= LARGEST)), mask)
     if where is not None:

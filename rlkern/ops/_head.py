@@ -6,7 +6,7 @@ the vocabulary and the dtype, not from how many tokens there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,15 +32,26 @@ class Cut(NamedTuple):
     wide: bool  # in float32, though the factors are not
 
 
+def default_budget(device: torch.device) -> int:
+    return MEMORY_BUDGET.get(device.type, MEMORY_BUDGET["cuda"])
+
+
+def chunk_rows(row_bytes: int, memory_budget: int) -> int:
+    """Tokens of a chunk: not a matter of how many there are."""
+    return max(memory_budget // row_bytes // _ROWS, 1) * _ROWS
+
+
 def checked_cut(
     hidden: Tensor,
     weight: Tensor,
     memory_budget: object,
     batch_invariant: object,
-    logits_dtype: object,
+    logits_dtype: object = None,
+    models: int = 1,
 ) -> Cut:
+    """`models`: how many there are, of each of which a chunk's logits are held."""
     if memory_budget is None:
-        memory_budget = MEMORY_BUDGET.get(hidden.device.type, MEMORY_BUDGET["cuda"])
+        memory_budget = default_budget(hidden.device)
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
         raise TypeError(f"memory_budget: expected an int, got {type(memory_budget).__name__}")
     if memory_budget < 1:
@@ -54,41 +65,45 @@ def checked_cut(
     wide = logits_dtype is not None and hidden.dtype != torch.float32
     # Beside wide logits stands their gradient, rounded for the products.
     size = hidden.element_size() + (4 if wide else 0)
-    rows = max(memory_budget // (weight.shape[0] * size) // _ROWS, 1) * _ROWS
+    rows = chunk_rows(weight.shape[0] * size * models, memory_budget)
     return Cut(rows, batch_invariant, wide)
 
 
 def checked_products(
-    hidden: object, weight: object, bias: object
+    hidden: object, weight: object, bias: object, prefix: str = ""
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The factors, under autocast in its dtype."""
-    h = _checks.require_logits(hidden, "hidden", "[..., D] with D of at least 1")
-    w = _checks.require_logits(weight, "weight", "[V, D] with D of at least 1")
+    """The factors, under autocast in its dtype. `prefix`: of the arguments' names."""
+    of_hidden, of_weight, of_bias = (f"{prefix}{name}" for name in ("hidden", "weight", "bias"))
+    h = _checks.require_logits(hidden, of_hidden, "[..., D] with D of at least 1")
+    w = _checks.require_logits(weight, of_weight, "[V, D] with D of at least 1")
     if w.dim() != 2 or w.shape[0] == 0 or w.shape[1] != h.shape[-1]:
         raise ValueError(
-            f"weight: expected shape [V, {h.shape[-1]}] (hidden's last dimension) with V of at "
-            f"least 1, got {list(w.shape)}"
+            f"{of_weight}: expected shape [V, {h.shape[-1]}] ({of_hidden}'s last dimension) with V "
+            f"of at least 1, got {list(w.shape)}"
         )
     b = None
     if bias is not None:
-        b = _checks.require_logits(bias, "bias", "[V]")
+        b = _checks.require_logits(bias, of_bias, "[V]")
         if b.shape != w.shape[:1]:
             raise ValueError(
-                f"bias: expected shape [{w.shape[0]}] (weight's rows), got {list(b.shape)}"
+                f"{of_bias}: expected shape [{w.shape[0]}] ({of_weight}'s rows), got "
+                f"{list(b.shape)}"
             )
-    for name, factor in (("hidden", h), ("weight", w), ("bias", b)):
+    for name, factor in ((of_hidden, h), (of_weight, w), (of_bias, b)):
         if factor is None:
             continue
         _checks.refuse_tangent(factor, name)
         if factor.device != h.device:
-            raise ValueError(f"{name}: expected device {h.device} (hidden's), got {factor.device}")
+            raise ValueError(
+                f"{name}: expected device {h.device} ({of_hidden}'s), got {factor.device}"
+            )
     kind = h.device.type
     if torch.is_autocast_enabled(kind) and h.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         return h.to(dtype), w.to(dtype), None if b is None else b.to(dtype)
-    for name, factor in (("weight", w), ("bias", b)):
+    for name, factor in ((of_weight, w), (of_bias, b)):
         if factor is not None and factor.dtype != h.dtype:
-            raise TypeError(f"{name}: expected {h.dtype} (hidden's dtype), got {factor.dtype}")
+            raise TypeError(f"{name}: expected {h.dtype} ({of_hidden}'s dtype), got {factor.dtype}")
     return h, w, b
 
 
@@ -220,3 +235,45 @@ class GradientSum:
     def result(self) -> Tensor:
         found = self.first if self.sum is None else self.sum
         return torch.zeros_like(self.like) if found is None else found.to(self.like.dtype)
+
+
+class HeadGradients:
+    """The gradients of hidden, weight and bias, those that are needed, chunk by chunk."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        cut: Cut,
+        backend: str,
+        needs: Sequence[bool],
+    ) -> None:
+        self.hidden, self.weight = hidden, weight
+        several = hidden.shape[0] > cut.rows
+        self.of_hidden = torch.zeros_like(hidden) if needs[0] else None
+        self.of_weight = GradientSum(weight, backend, several) if needs[1] else None
+        self.of_bias = None
+        if needs[2] and bias is not None:
+            self.of_bias = GradientSum(bias, backend, several)
+
+    def add(self, chunk: Chunk, h: Tensor, z: Tensor) -> None:
+        """From the gradient of a chunk's logits, which has taken their place."""
+        z[chunk.count :] = 0
+        z = z.to(h.dtype)
+        grads = z[: chunk.count]
+        if self.of_hidden is not None:
+            self.of_hidden[chunk.rows] = torch.mm(z, self.weight)[: chunk.count]
+        if self.of_weight is not None:
+            self.of_weight.add_product(grads, h[: chunk.count])
+        if self.of_bias is not None:
+            self.of_bias.add(grads)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """[0] where a gradient is not needed."""
+        none = self.hidden.new_empty(0)
+        return (
+            none if self.of_hidden is None else self.of_hidden,
+            none.clone() if self.of_weight is None else self.of_weight.result(),
+            none.clone() if self.of_bias is None else self.of_bias.result(),
+        )

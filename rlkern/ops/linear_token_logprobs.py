@@ -17,7 +17,7 @@ from rlkern import _backend
 from rlkern.ops import _checks, _register, _vocab_parallel
 from rlkern.ops._head import (
     Cut,
-    GradientSum,
+    HeadGradients,
     Logits,
     checked_cut,
     checked_products,
@@ -259,13 +259,10 @@ def _backward(
     grad_logprobs, grad_entropy, hidden, weight, bias, token_ids, mask, token_temperature,
     temperature, softcap, logprobs, entropy, state, rows, invariant, wide, backend, needs,
 ):  # fmt: skip
-    needs_hidden, needs_weight, needs_bias = needs
-    grad_hidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty(0)
-    several = hidden.shape[0] > rows
-    of_weight = GradientSum(weight, backend, several) if needs_weight else None
-    of_bias = GradientSum(bias, backend, several) if needs_bias else None
+    cut = Cut(rows, invariant, wide)
+    gradients = HeadGradients(hidden, weight, bias, cut, backend, needs)
     row_pass = _register.overload("token_logprobs_bwd_", backend)
-    logits = Logits(hidden, weight, bias, Cut(rows, invariant, wide))
+    logits = Logits(hidden, weight, bias, cut)
     for chunk in chunks(hidden.shape[0], mask, rows):
         h, z = logits.of(chunk)
         grads = z[: chunk.count]
@@ -275,20 +272,8 @@ def _backward(
             chunk.of(logprobs), chunk.of(entropy) if entropy.numel() else entropy,
             state[chunk.rows],
         )  # fmt: skip
-        z[chunk.count :] = 0
-        z = z.to(hidden.dtype)
-        grads = z[: chunk.count]
-        if needs_hidden:
-            grad_hidden[chunk.rows] = torch.mm(z, weight)[: chunk.count]
-        if of_weight is not None:
-            of_weight.add_product(grads, h[: chunk.count])
-        if of_bias is not None:
-            of_bias.add(grads)
-    return (
-        grad_hidden,
-        hidden.new_empty(0) if of_weight is None else of_weight.result(),
-        hidden.new_empty(0) if of_bias is None else of_bias.result(),
-    )
+        gradients.add(chunk, h, z)
+    return gradients.results()
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

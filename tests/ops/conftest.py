@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
-import rlkern
-from rlkern import _native
+# The helpers above this file.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import rlkern  # noqa: E402
+from rlkern import _native  # noqa: E402
 
 # The helpers beside this file and above it.
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]

@@ -6,12 +6,11 @@
 
 #include "row_kernels.h"
 
-#include "simd.h"
+#include "row_values.h"
 
 namespace rlkern {
 namespace {
 
-constexpr float kLog2e = 1.4426950408889634f;
 // 4 KiB of floats: small beside a 32 KiB first-level cache, long enough to hide its reductions.
 constexpr long long kBlock = kRowBlock;
 // Independent sums hide the latency of an addition, and keep rounding errors apart.
@@ -20,42 +19,6 @@ constexpr long long kStep = kSums * kLanes;
 // Elements between what the backward pass works on and what it asks memory for.
 constexpr long long kAhead = 1024;
 static_assert(kBlock % kStep == 0, "a block is a whole number of unrolled steps");
-
-// y = c * tanh(x / c) and its derivative. With e = exp(-2 |u|): tanh |u| = (1 - e) / (1 + e) and
-// 1 - tanh^2 = 4 e / (1 + e)^2, neither of which cancels.
-struct Cap {
-  float cap;
-  Exp2Scale scale;
-  explicit __attribute__((always_inline)) Cap(float softcap)
-      : cap(softcap), scale(softcap > 0 ? 2 * kLog2e / softcap : 1.0f) {}
-
-  __attribute__((always_inline)) Exp2 exp_of(vfloat x) const {
-    return exp2_scaled<true>((vfloat)((vuint)x | 0x80000000u), scale);
-  }
-  __attribute__((always_inline)) vfloat value(vfloat x) const {
-    const vfloat minus = exp_of(x).minus_one();
-    const vfloat magnitude = cap * (-minus / (minus + 2.0f));
-    return (vfloat)((vuint)magnitude | ((vuint)x & 0x80000000u));
-  }
-  __attribute__((always_inline)) vfloat derivative(vfloat x) const {
-    const vfloat e = exp_of(x).value();
-    return 4.0f * e / ((1.0f + e) * (1.0f + e));
-  }
-};
-
-template <typename Type>
-RLKERN_INLINE vfloat load_partial(const typename Type::Scalar* x, long long count) {
-  typename Type::Scalar padded[kLanes] = {};
-  __builtin_memcpy(padded, x, count * sizeof(typename Type::Scalar));
-  return Type::load(padded);
-}
-
-template <typename Type>
-RLKERN_INLINE void store_partial(typename Type::Scalar* x, vfloat v, long long count) {
-  typename Type::Scalar padded[kLanes];
-  Type::store(padded, v);
-  __builtin_memcpy(x, padded, count * sizeof(typename Type::Scalar));
-}
 
 template <typename Type, bool kCapped>
 RLKERN_INLINE float value_at(const typename Type::Scalar* x, long long j, const Cap& cap) {
@@ -222,9 +185,6 @@ void outputs(const LogitRow& row, float max, RowOutputs* out) {
   row.softcap > 0 ? outputs_row<Type, true>(row, max, out)
                   : outputs_row<Type, false>(row, max, out);
 }
-
-// A NaN without a payload, which survives the rounding to bfloat16 as NaN.
-RLKERN_INLINE float plain_nan(float x) { return x != x ? __builtin_nanf("") : x; }
 
 template <typename Type, bool kCapped, bool kSloped>
 void backward_row(const LogitRow& row, const RowBackward& grad, void* out) {
