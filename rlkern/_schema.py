@@ -155,7 +155,7 @@ COMPOSITES = {
     "policy_loss_hidden": (
         f"(Tensor hidden, Tensor weight, Tensor? bias, {_EXACT_KL}, {_TOKEN_LOGPROBS}, "
         f"{_POLICY_TOKENS}, {_POLICY_WHOLE}, bool return_entropy, Tensor? active, bool metrics, "
-        "int rows, bool invariant, bool wide, str backend, bool[] needs) "
+        "bool compact, int rows, bool invariant, bool wide, str backend, bool[] needs) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     # The same of a loss that couples the tokens of a sequence. denominators [3], float64:
@@ -164,7 +164,7 @@ COMPOSITES = {
         f"(Tensor hidden, Tensor weight, Tensor? bias, {_EXACT_KL}, {_TOKEN_LOGPROBS}, "
         "Tensor advantages, Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_logprobs, "
         "Tensor? token_weights, Tensor? entropy_mask, Tensor denominators, "
-        f"{_POLICY_WHOLE}, bool return_entropy, int rows, bool invariant, bool wide, "
+        f"{_POLICY_WHOLE}, bool return_entropy, bool compact, int rows, bool invariant, bool wide, "
         "str backend, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     # rows: of a chunk, of the policy's and of the reference's logits. -> divergence [N], state.

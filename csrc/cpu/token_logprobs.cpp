@@ -101,7 +101,8 @@ Results forward_rows(const LogitRows& rows, const Tensor& logits, bool return_en
           also(row, max, &found);
           more[3 * i] = static_cast<float>(found.sum * row.inv_temperature / rows.vocab);
           more[3 * i + 1] = static_cast<float>(std::log(found.squares) - 2 * result.log_sum);
-          more[3 * i + 2] = pass.target == 0 && !found.earlier && result.log_sum == result.log_sum;
+          // A row that holds a NaN has no largest logit, and one of -inf alone no token.
+          more[3 * i + 2] = found.leads && max != -kInfinity && result.log_sum == result.log_sum;
         }
       }
       const bool elsewhere = rows.counts(i) && rows.ids[i] == kElsewhere;

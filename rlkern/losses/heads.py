@@ -154,8 +154,9 @@ class PolicyHeads:
             metrics: False leaves metrics out, and so the products of tokens that only they need.
             compact: leave tokens out of the products that they cannot influence: masked ones, and
                 those of zero advantage where neither a KL nor an entropy bonus asks for them (of
-                the gradient's products; with metrics=False of all). On a GPU that makes the host
-                wait once for a count. None: on a CPU only.
+                the gradient's products; with metrics=False of all), and those whose gradient came
+                out as 0 (of the gradient's products; not with batch_invariant). On a GPU that
+                makes the host wait for a count once a chunk. None: on a CPU only.
             ref_hidden, ref_weight, ref_bias: of the reference: [B, T, D'] or [total, D'], whose
                 hidden size may be another, [V, D'] and [V], without gradient; needed with
                 kl_estimator "exact" and a kl_coef. logit_scale, softcap and temperature are theirs

@@ -21,7 +21,7 @@ MEMORY_BUDGET = {"cpu": 64 << 20, "cuda": 1 << 30}
 _ROWS = 64
 # Of the weight's gradient that one chunk gives, before it is added to the sum, and of the weight
 # widened for logits in fp32.
-_PART_BYTES = 8 << 20
+_PART_BYTES = 16 << 20
 
 
 class Cut(NamedTuple):
@@ -118,12 +118,17 @@ class Chunk:
 
 
 def chunks(
-    total: int, mask: Tensor | None, rows: int, begin: int = 0, end: int | None = None
+    total: int,
+    mask: Tensor | None,
+    rows: int,
+    begin: int = 0,
+    end: int | None = None,
+    compact: bool = False,
 ) -> Iterator[Chunk]:
     """Chunks of at most `rows` tokens of [begin, end); without the masked ones where nobody waits
-    for the count."""
+    for the count, or `compact` says to."""
     end = total if end is None else end
-    if mask is not None and mask.device.type == "cpu":
+    if mask is not None and (compact or mask.device.type == "cpu"):
         places = mask[begin:end].nonzero().squeeze(1) + begin
         for part in places.split(rows) if len(places) else ():
             yield Chunk(part, part.shape[0])
@@ -259,6 +264,8 @@ class HeadGradients:
 
     def add(self, chunk: Chunk, h: Tensor, z: Tensor) -> None:
         """From the gradient of a chunk's logits, which has taken their place."""
+        if chunk.count == 0:
+            return
         z[chunk.count :] = 0
         z = z.to(h.dtype)
         grads = z[: chunk.count]

@@ -363,16 +363,25 @@ def _composed_outputs(backend: str) -> Any:
     return token_logprobs_outputs
 
 
+# Of logits in fp32, of which the formulas hold several copies.
+_OUTPUTS_BYTES = 32 << 20
+
+
 def _outputs(state, logits, token_ids, mask, token_temperature, temperature, softcap, _):
-    found = reference.outputs(
-        logits.reshape(-1, logits.shape[-1]),
+    vocab = logits.shape[-1]
+    given = (
+        logits.reshape(-1, vocab),
         token_ids.reshape(-1),
         _flat(logits, mask, True),
         _flat(logits, token_temperature, temperature),
-        softcap,
         state.reshape(-1, 2),
     )
-    return found.view(*logits.shape[:-1], 3)
+    parts = zip(*(x.split(max(_OUTPUTS_BYTES // (4 * vocab), 1)) for x in given), strict=True)
+    found = [
+        reference.outputs(z, ids, counts, heat, softcap, its_state)
+        for z, ids, counts, heat, its_state in parts
+    ]
+    return torch.cat(found).view(*logits.shape[:-1], 3)
 
 
 def _fake_outputs(logits, *rest):

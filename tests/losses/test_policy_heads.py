@@ -302,7 +302,7 @@ def test_only_the_products_that_are_needed(backend, products):
     batch = HeadBatch(coupled, sequences=1, length=100)
     batch.given["mask"][:] = True
     products.clear()
-    from_hidden(coupled, batch, memory_budget=1)
+    from_hidden(coupled, batch, memory_budget=1, compact=False)
     assert len(products) == 4 * 2  # two chunks of 64 tokens
 
 
@@ -340,6 +340,46 @@ def test_tokens_that_cannot_matter_are_left_out(backend, products, metrics):
     products.clear()
     from_hidden(loss, batch, metrics=metrics, memory_budget=1 << 24)
     assert sum(products) == 3 * int(counting.sum())
+
+
+def test_clipped_sequences_are_left_out(backend, products):
+    if not backend.is_kernel:
+        pytest.skip("eager PyTorch multiplies every row")
+    loss = PolicyLoss.preset("gspo", clip_low=0.01, clip_high=0.01)
+    batch = HeadBatch(loss, sequences=8, length=50)
+    exact = in_steps(loss, batch)
+    counting = int(batch.given["mask"].sum())
+    moving = int(exact[2].any(-1).sum())
+    assert 0 < moving < 0.9 * counting
+    for budget in (1 << 24, 1):  # a chunk for all sequences, and one for each
+        products.clear()
+        value, vector, *grads = from_hidden(loss, batch, memory_budget=budget)
+        assert sum(products) == counting + 2 * moving
+        for mine, truth in zip((value, vector, *grads), (*exact[:2], *exact[3:]), strict=True):
+            near(mine, truth)
+
+
+def test_nothing_is_left_where_all_is_clipped(backend):
+    loss = PolicyLoss.preset("dapo")
+    batch = HeadBatch(loss)
+    batch.advantages = batch.advantages.abs()
+    batch.given["old_logprobs"] -= 100.0
+    exact = in_steps(loss, batch)
+    assert not exact[2].any()
+    value, _, *grads = from_hidden(loss, batch)
+    near(value, exact[0])
+    assert not any(grad.any() for grad in grads)
+
+
+def test_a_nan_is_never_left_out(backend):
+    """Whatever the clip says: its row of the gradient is NaN, as without compaction."""
+    for name in ("dapo, corrected", "gspo"):
+        batch = HeadBatch(LOSSES[name])
+        place = tuple(batch.given["mask"].nonzero()[0])
+        batch.hidden[place] = NAN
+        for compact in (True, False):
+            *_, of_hidden, of_weight = from_hidden(LOSSES[name], batch, compact=compact)
+            assert of_hidden[place].isnan().all() and of_weight.isnan().all()
 
 
 # ---- the operators -------------------------------------------------------------------------------

@@ -148,6 +148,17 @@ void forward_keeping(const LogitRow& row, bool entropy, const RowKept& kept, Row
   forward_as_asked<Type, true>(row, entropy, kept, out);
 }
 
+// Whether one of the first `count` values of a block is `wanted`.
+RLKERN_INLINE bool holds(const float* values, long long count, float wanted) {
+  vint found = {};
+  long long i = 0;
+  for (; i + kLanes <= count; i += kLanes) found |= FloatType::load(values + i) == wanted;
+  bool any = false;
+  for (int lane = 0; lane < kLanes; ++lane) any |= found[lane] != 0;
+  for (; i < count; ++i) any |= values[i] == wanted;
+  return any;
+}
+
 template <typename Type, bool kCapped>
 void outputs_row(const LogitRow& row, float max, RowOutputs* out) {
   const auto* x = static_cast<const typename Type::Scalar*>(row.x);
@@ -155,7 +166,8 @@ void outputs_row(const LogitRow& row, float max, RowOutputs* out) {
   const Exp2Scale scale(2 * kLog2e * row.inv_temperature);
   const float base = max == -kInf ? 0.0f : max;
   alignas(64) float values[kBlock];
-  *out = {0, 0, false};
+  const bool leads = row.target >= 0 && value_at<Type, kCapped>(x, row.target, cap) == max;
+  *out = {0, 0, leads};
   for (long long begin = 0; begin < row.size; begin += kBlock) {
     const long long count = row.size - begin < kBlock ? row.size - begin : kBlock;
     load_block<Type, kCapped>(x + begin, count, cap, values);
@@ -175,8 +187,9 @@ void outputs_row(const LogitRow& row, float max, RowOutputs* out) {
       squares[0] += exp2_scaled(FloatType::load(values + j) - base, scale).value();
     }
     out->squares += reduce_sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    // An equal one before the target leads instead of it.
     const long long before = row.target - begin < count ? row.target - begin : count;
-    for (long long i = 0; i < before; ++i) out->earlier |= values[i] == max;
+    if (out->leads && before > 0) out->leads = !holds(values, before, max);
   }
 }
 

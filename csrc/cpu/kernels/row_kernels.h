@@ -46,7 +46,7 @@ struct RowKept {
 struct RowOutputs {
   double sum;      // of y
   double squares;  // of exp(z_j - max)
-  bool earlier;    // whether the maximum stands before the target, too
+  bool leads;      // whether the target has the maximum, and the first of its places
 };
 
 struct RowKernels {
