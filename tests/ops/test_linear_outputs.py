@@ -84,6 +84,42 @@ def test_of_equal_logits_the_first_is_the_argmax(backend):
     assert out.mean_logits is None and out.log_sum_sq_probs is None
 
 
+def test_rows_that_are_not_finite(backend):
+    """-inf has no probability and makes the mean -inf; a NaN, or a +inf, is seen by all three; a
+    row of nothing but -inf has no token, and so no most probable one."""
+    inf, nan = torch.inf, torch.nan
+    rows = torch.tensor(
+        [[1.0, -inf, 2.0], [nan, 3.0, 1.0], [1.0, 3.0, nan], [inf, 0.0, 1.0], [-inf, -inf, -inf]]
+    )
+    rows = torch.cat([rows, rows[:, :1].repeat(1, 3000)], 1)
+    rows[:, 3:] = rows[:, :1].nan_to_num(0.5, 0.5).clamp(-9, 0.5)
+    rows[4] = -inf
+    ids = torch.tensor([2, 1, 1, 0, 0])
+    given = {"outputs": OUTPUTS, "bias": torch.zeros(rows.shape[1])}
+    for i in range(5):
+        # The bias is the row: hidden states of 0 would make 0 * inf.
+        given["bias"] = rows[i]
+        hidden, weight = torch.zeros(1, 1), torch.zeros(rows.shape[1], 1)
+        out = rlkern.linear_token_logprobs(hidden, weight, ids[i : i + 1], **given)
+        assert bool(out.is_top1) == (i == 0)
+        exact64 = (2 * rows[i].double().log_softmax(-1)).logsumexp(-1)
+        wanted = torch.tensor(-inf).double() if i == 4 else exact64
+        torch.testing.assert_close(
+            out.log_sum_sq_probs.double()[0], wanted, rtol=1e-5, atol=1e-5, equal_nan=True
+        )
+        torch.testing.assert_close(out.mean_logits[0], rows[i].mean(), equal_nan=True)
+
+
+@pytest.mark.parametrize("place", [0, 1, 15, 16, 1023, 1024, 3000])
+def test_an_equal_logit_at_any_place_before_the_target(backend, place):
+    """Blocks of the row pass are 1024 values, its vectors up to 16."""
+    weight = torch.full((3002, 1), -1.0)
+    weight[[place, 3001]] = 2.0
+    ids = torch.tensor([place, 3001])
+    out = rlkern.linear_token_logprobs(torch.ones(2, 1), weight, ids, outputs=("is_top1",))
+    assert out.is_top1.tolist() == [True, False]
+
+
 def test_gradients_pass_them_by(backend):
     hidden, weight, ids = inputs()
     hidden.requires_grad_()
