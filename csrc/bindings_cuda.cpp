@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "cuda/gradient_scale.h"
 #include "cuda/group_advantages.h"
 #include "cuda/policy_loss.h"
 #include "cuda/policy_rows.h"
@@ -19,6 +20,7 @@ STABLE_TORCH_LIBRARY_IMPL(rlkern, CUDA, m) {
   m.impl("policy_loss", TORCH_BOX(&rlkern::policy_loss_cuda));
   m.impl("policy_loss_bwd", TORCH_BOX(&rlkern::policy_loss_bwd_cuda));
   m.impl("policy_rows", TORCH_BOX(&rlkern::policy_rows_cuda));
+  m.impl("scale_", TORCH_BOX(&rlkern::scale_cuda));
   m.impl("kl_penalty", TORCH_BOX(&rlkern::kl_penalty_cuda));
   m.impl("kl_penalty_bwd", TORCH_BOX(&rlkern::kl_penalty_bwd_cuda));
   m.impl("value_loss", TORCH_BOX(&rlkern::value_loss_cuda));

@@ -8,6 +8,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cuda/gradient_scale.cuh"
 #include "cuda/policy_rows.cuh"
 #include "emulated_logits.h"
 #include "emulated_rows.h"
@@ -68,11 +69,29 @@ void run(const Logits& logits, const Arguments& arguments, const Span& grad,
   });
 }
 
+void scale(const std::string& dtype, const Span& x, int64_t outer, int64_t inner, int64_t width,
+           uintptr_t factor, int64_t blocks) {
+  py::gil_scoped_release release;
+  with_type(dtype, [&](auto type) {
+    using Type = decltype(type);
+    const RowPlan plan = plan_rows(width, Type::kLanes);
+    const GradientScaleArgs<Type> args = {reinterpret_cast<typename Type::Scalar*>(std::get<0>(x)),
+                                          {outer, inner, std::get<1>(x), std::get<2>(x)},
+                                          width,
+                                          plan.slices,
+                                          plan.vectors_per_slice,
+                                          reinterpret_cast<const float*>(factor)};
+    shim_launch(static_cast<unsigned>(blocks), plan.threads,
+                [&] { gradient_scale<Type>(args, blocks); });
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_emulated_policy_rows, m) {
   bind_logits(m);
   m.def("run", &run);
+  m.def("scale", &scale);
   m.def("plan_cluster", [](int64_t vocab, int lanes, int64_t shared_bytes) {
     const RowPlan plan = plan_cluster(vocab, lanes, shared_bytes);
     return std::make_tuple(plan.slices, plan.vectors_per_slice, plan.threads,

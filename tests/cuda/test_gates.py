@@ -21,6 +21,7 @@ OCCUPANCY = {
     "policy_scale": (256, 8),
     "policy_rows_two_reads": (768, 1),
     "policy_rows_cluster": (768, 1),
+    "gradient_scale": (256, 4),
     "value_sequences": (256, 4),
     "value_finish": (1024, 1),
     "kl_tokens": (256, 8),

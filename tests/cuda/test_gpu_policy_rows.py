@@ -187,6 +187,23 @@ def test_ids_outside_and_masked_rows():
     assert torch.equal(out[kept], right[kept])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_upstream_gradient(dtype):
+    """Is multiplied in on the GPU: in place, into a copy where the graph is kept, or not at all."""
+    logits, ids, advantages, given = batch(dtype, (3, 2), 40003)
+    found = {}
+    for upstream in (1.0, -0.75):
+        for inplace, kept in ((False, False), (False, True), (True, False)):
+            made = logits.clone().requires_grad_() * 1
+            loss = LOSS.from_logits(made, ids, advantages, inplace=inplace, **given).loss
+            (gradient,) = torch.autograd.grad(upstream * loss, made, retain_graph=kept)
+            if kept:
+                (again,) = torch.autograd.grad(loss, made)
+                assert torch.equal(again, found[1.0])
+            assert torch.equal(gradient, found.setdefault(upstream, gradient))
+    assert torch.equal(found[-0.75], found[1.0] * -0.75)
+
+
 def test_outputs_are_written_whatever_memory_held():
     """The caching allocator hands out what was freed: NaN."""
     logits, arguments = flat(torch.bfloat16, 64, 40000)
