@@ -236,8 +236,8 @@ class PolicyLosses(Case):
         return self.truth[objective]
 
     def errors(self, task_name: str, outputs: Any) -> dict[str, float]:
-        """Errors against float64. loss and metrics: relative above 1. gradient: of the worst entry,
-        over the largest one."""
+        """Errors against float64. loss and metrics: relative above 1. gradient: of the worst
+        entry, over the largest one."""
         objective = task_name.rpartition(", ")[2]
         loss, gradient, metrics = outputs
         true_loss, true_gradient, true_metrics = self._expected(objective)
@@ -251,8 +251,7 @@ class PolicyLosses(Case):
             "gradient": (difference / true_gradient.abs().max()).item(),
         }
         if objective != "clip":
-            names = true_metrics.items()
-            found["metrics"] = max(error(metrics[name], truth) for name, truth in names)
+            found |= {name: error(metrics[name], truth) for name, truth in true_metrics.items()}
         return found
 
 

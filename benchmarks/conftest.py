@@ -25,8 +25,8 @@ SEEN = pytest.StashKey[set]()
 FACTS = pytest.StashKey[dict]()
 #: What each sweep came to, in words.
 SWEPT = pytest.StashKey[list]()
-#: Of a contestant that was never measured here: imports, compiling, its check against float64.
-SETUP_SECONDS = 8
+#: Guesses for what was never measured here: a process's imports and compiling, a sweep.
+SETUP_SECONDS, SWEEP_SECONDS = 8, 15
 
 
 class ReplayClock:
@@ -96,17 +96,26 @@ def pytest_report_collectionfinish(config, items):
     if config.option.quick or not items:
         return None
     kept = store.seconds_by_module(store.RESULTS / machine.name())
-    known, guessed = 0.0, 0.0
-    for stem in {item.path.stem for item in items}:
-        mine = [item for item in items if item.path.stem == stem]
-        if stem in kept:
-            known += kept[stem]
-        else:
-            guessed += len(mine) * FULL.processes * (2 * FULL.seconds + SETUP_SECONDS)
+    known = sum(kept.get(stem, 0.0) for stem in {item.path.stem for item in items})
+    guessed = sum(guessed_seconds([item for item in items if item.path.stem not in kept]))
     return (
         f"rlkern benchmarks: about {(known + guessed) / 60:.0f} minutes, {known / 60:.0f} of them "
-        "as last time on this machine, the rest an upper guess; leave the machine alone meanwhile"
+        "as last time on this machine, the rest a guess; leave the machine alone meanwhile"
     )
+
+
+def guessed_seconds(items):
+    """Of each case among these tests, which are its contestants, and of each sweep."""
+    cases: dict[str, list] = {}
+    for item in items:
+        params = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+        if "contestant" not in params:
+            yield SWEEP_SECONDS
+            continue
+        del params["contestant"]
+        cases.setdefault(f"{item.originalname} {params}", []).append(params.get("plan", FULL))
+    for plans in cases.values():
+        yield plans[0].processes * (SETUP_SECONDS + len(plans) * plans[0].seconds)
 
 
 @pytest.fixture

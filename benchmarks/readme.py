@@ -30,12 +30,13 @@ ROWS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
      "loss + gradients of hidden and weight/rlkern"),
     ("`PolicyLoss`, dapo with k3, metrics", "policy_loss", {"sequences": 64, "cache": "warm"},
      "loss + gradient + metrics, dapo + k3/rlkern"),
-    ("`ValueLoss`, metrics", "value_loss", {"cache": "warm"}, "loss + gradient + metrics/rlkern"),
-    ("`kl_penalty`, k3", "kl_penalty", {"cache": "warm"}, "value + gradient, k3/rlkern"),
-    ("`group_advantages`, ragged, shuffled", "group_advantages", {"cache": "warm"},
+    ("`ValueLoss`, metrics", "value_loss", {"sequences": 64}, "loss + gradient + metrics/rlkern"),
+    ("`kl_penalty`, k3", "kl_penalty", {"sequences": 64}, "value + gradient, k3/rlkern"),
+    ("`group_advantages`, ragged, shuffled", "group_advantages",
+     {"rewards": 65536, "cache": "warm"},
      "ragged groups, shuffled/rlkern"),
     ("`gae`", "return_scan", {"tokens": 8192}, "gae/rlkern"),
-    ("`whiten`", "whiten", {}, "masked whitening/rlkern"),
+    ("`whiten`", "whiten", {"sequences": 512}, "masked whitening/rlkern"),
     ("a training step", "training_step", {}, "step/rlkern from_hidden"),
 )  # fmt: skip
 

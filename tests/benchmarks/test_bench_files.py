@@ -84,6 +84,16 @@ def test_quick_return_scan():
         assert float(table["PyTorch loop"]["x PyTorch loop"]) == 1
 
 
+def test_only_some_files_and_how_long_they_take():
+    run = run_pytest("benchmarks", "--only", "whiten,kl_penalty", "--collect-only", "-q")
+    files = {line.split("::")[0] for line in run.stdout.splitlines() if "::" in line}
+    assert files == {"benchmarks/bench_whiten.py", "benchmarks/bench_kl_penalty.py"}
+    run = run_pytest("benchmarks", "--only", "whiten", "--collect-only")
+    assert "rlkern benchmarks: about 1 minutes" in run.stdout
+    run = run_pytest("benchmarks", "--only", "no_such_file", "--collect-only")
+    assert run.returncode != 0 and "got 'no_such_file'" in run.stderr
+
+
 class TestReturnScanErrors:
     @pytest.mark.parametrize("task", list(ReturnScans.bounds))
     def test_each_result_is_looked_at(self, task):
