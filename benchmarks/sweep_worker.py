@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import bench_from_logits, bench_policy_loss, bench_return_scan
+from benchmarks import bench_from_logits, bench_policy_loss, bench_return_scan, ceilings
 from benchmarks import bench_token_logprobs as rows
 from benchmarks.bench_token_logprobs import Produce
 
@@ -29,6 +29,7 @@ BLOCK = 64
 #: Eager holds the logits several times over, and its slope is known by then.
 EAGER_ELEMENTS = 1 << 26
 SECONDS, LEAST, MOST = 0.3, 3, 200
+READ_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -246,23 +247,32 @@ def over_threads(operator: str, quick: bool, seconds: float) -> Iterable[dict[st
         yield run(threads, point, seconds) | {"elements": point.elements / threads}
 
 
-def sweep(operator: str, axis: str, quick: bool) -> list[dict[str, Any]]:
+def read_rate() -> float:
+    """Bytes a second that all threads together read from memory."""
+    words = torch.ones(READ_BYTES // 4)
+    calls = [call for key, call in ceilings.candidates(words).items() if "read" in key]
+    return READ_BYTES / min(median(timed(lambda call=call: call, 0.1)) for call in calls)
+
+
+def sweep(operator: str, axis: str, quick: bool) -> dict[str, Any]:
+    """What the reply holds: the points, and over threads what memory gives at best."""
     seconds = 0.01 if quick else SECONDS
     if axis == "threads":
-        return list(over_threads(operator, quick, seconds))
+        points = list(over_threads(operator, quick, seconds))
+        return {"points": points, "read_bytes_per_second": read_rate()}
     values, build = SWEEPS[operator][axis]
-    points: list[dict[str, Any]] = []
+    points = []
     for n in values[:4] if quick else values:
         # Twice the last point's bytes, and as much again for what a call allocates.
         if points and 4 * n / points[-1]["n"] * points[-1]["bytes"] > available_bytes():
             break
         points.append(run(n, build(n), seconds))
-    return points
+    return {"points": points}
 
 
 def main(request_file: str, reply_file: str) -> None:
     request = json.loads(Path(request_file).read_text())
-    Path(reply_file).write_text(json.dumps({"points": sweep(**request)}))
+    Path(reply_file).write_text(json.dumps(sweep(**request)))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ def measure(operator: str, axis: str, quick: bool) -> dict[str, Any]:
     """Runs a sweep in a child process."""
     start = time.perf_counter()
     request = {"operator": operator, "axis": axis, "quick": quick}
-    points = run_child("benchmarks.sweep_worker", request)["points"]
+    reply = run_child("benchmarks.sweep_worker", request)
     title = f"{operator} over {axis}"
     took = time.perf_counter() - start
-    return {"operator": operator, "axis": axis, "title": title, "points": points,
+    return {"operator": operator, "axis": axis, "title": title, **reply,
             "took_seconds": took}  # fmt: skip
 
 
@@ -54,11 +54,31 @@ def linear_range(sweep: dict[str, Any], name: str) -> tuple[int, int]:
     return first, last
 
 
-def _cache_between(sweep: dict[str, Any], low: int, high: int) -> str | None:
-    for cache, size in sweep["machine"]["caches"].items():
-        if low <= size < high:
-            return f"between them the bytes of a call pass {cache}'s {size / 2**20:.3g} MiB"
-    return None
+def _below(sweep: dict[str, Any], name: str, first: int, best: float) -> str:
+    """What small points cost beyond their elements; over threads there is no such cost."""
+    found = costs(sweep, name)
+    (smallest, cost), start = found[0], found[first][0]["n"]
+    text = f"Below {start} an element costs more, {cost / best:.3g} times at {smallest['n']}"
+    if sweep["axis"] == "threads":
+        return f"{text}; the reason is not known."
+    fixed = smallest["seconds"][name]["median"] - best * smallest["elements"]
+    return f"{text}: that call takes {figure(1e3 * fixed)} ms besides what its elements would."
+
+
+def _reason(
+    sweep: dict[str, Any], name: str, inside: dict[str, Any], beyond: dict[str, Any]
+) -> str:
+    """Why the line ends between two points: a cache, the memory's rate, or unknown."""
+    if sweep["axis"] == "threads":
+        rate = beyond["bytes"] / beyond["seconds"][name]["median"]
+        most = sweep["read_bytes_per_second"]
+        if rate > most / 2:
+            return f"memory binds, {rate / 1e9:.3g} of the {most / 1e9:.3g} GB/s that reading gets"
+    else:
+        for cache, size in sweep["machine"]["caches"].items():
+            if inside["bytes"] <= size < beyond["bytes"]:
+                return f"between them the bytes of a call pass {cache}'s {size / 2**20:.3g} MiB"
+    return "the reason is not known"
 
 
 def sentences(sweep: dict[str, Any], name: str) -> list[str]:
@@ -72,23 +92,12 @@ def sentences(sweep: dict[str, Any], name: str) -> list[str]:
         f"best {figure(best * 1e9)} ns an element."
     ]
     if first > 0:
-        smallest = found[0][0]
-        at = smallest["seconds"][name]["median"]
-        text.append(
-            f"Below {low['n']} an element costs more, {found[0][1] / best:.3g} times at "
-            f"{smallest['n']}: that call takes {figure(at * 1e3)} ms, most of it the call itself."
-            if axis != "threads"
-            else f"{smallest['n']} threads are off the line."
-        )
+        text.append(_below(sweep, name, first, best))
     if last + 1 < len(found):
-        beyond, cost = found[last + 1]
-        why = _cache_between(sweep, high["bytes"], beyond["bytes"]) if axis != "threads" else (
-            f"the threads share one memory, which moves "
-            f"{beyond['bytes'] / beyond['seconds'][name]['median'] / 1e9:.3g} GB/s for them"
-        )  # fmt: skip
+        (beyond, cost), (end, end_cost) = found[last + 1], found[-1]
         text.append(
             f"From {beyond['n']} on it is not: {cost / best:.3g} times the best there, "
-            f"{found[-1][1] / best:.3g} at {found[-1][0]['n']}; {why or 'the reason is not known'}."
+            f"{end_cost / best:.3g} at {end['n']}; {_reason(sweep, name, high, beyond)}."
         )
     return text
 
