@@ -33,8 +33,13 @@ test-triton: $(VENV)/.test
 	  triton==$(TRITON) "numpy<2.4"
 	PYTHONPATH=build/triton-$(TRITON) $(PYTEST) tests/triton $(ARGS)
 
+# Measures on this machine, keeps each case under benchmarks/results as it is done, and writes the
+# pages and the README's table from all that is kept. Twenty minutes or so alone on two cores; it
+# says how long at the start. ARGS="--only whiten,value_loss" for some files of it, ARGS=--quick
+# for a smoke test that touches no kept result.
 bench: $(VENV)/.test
-	$(PYTEST) benchmarks $(ARGS)
+	$(PYTEST) benchmarks --results machine $(ARGS)
+	$(BIN)/python -m benchmarks.report
 
 # The native tests under the address and undefined-behaviour sanitizers, and the emulated CUDA
 # kernels under the address and thread sanitizers.

@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        processes: Fresh processes, each of which measures every contestant.
+        rounds: Timed calls of a contestant in a process, at most.
+        seconds: What these may take together, inputs restored included. Whoever needs longer gets
+            fewer rounds, and the table says how many.
+        least: The rounds that everyone gets.
+        warmup: Rounds before them that are thrown away.
+    """
+
+    processes: int
+    rounds: int
+    seconds: float = math.inf
+    least: int = 3
+    warmup: int = 1
+
+
+FULL = Plan(processes=3, rounds=7, seconds=1.0)
+#: For shapes beside the main one.
+SHORT = Plan(processes=2, rounds=5, seconds=0.5)
+QUICK = Plan(processes=1, rounds=3, seconds=0.3)
 
 
 @dataclass(frozen=True)
