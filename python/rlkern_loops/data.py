@@ -29,8 +29,8 @@ def load_examples(
         source: a `.jsonl` file of one JSON object a line, or a `.json` file of a list of objects;
             a folder, saved by `datasets` or with data files that `datasets` reads; or a name on
             the hub, "openai/gsm8k:main" for its configuration `main`.
-        split: "train", "test", or a slice such as "train[:90%]"; a file or a saved single data
-            set is "train".
+        split: "train", "test", or a slice such as "train[:90%]". A file, and a single data set
+            that was saved, has no splits: any name means all of it, and a slice is an error.
         prompt_column: the column of the prompts, text.
         answer_column: the column of the answers, text; "" where the reward asks for none.
         limit: at most this many rows, from the first.
@@ -43,9 +43,10 @@ def load_examples(
         raise DataError(f"limit: expected at least 1 example, got {limit}")
     path = Path(source)
     if path.suffix in (".jsonl", ".json"):
-        if split != "train":
-            raise DataError(f"split: a file such as {source!r} has only 'train', got {split!r}")
+        _no_slice(source, split)
         rows: Iterable[Any] = _json_rows(path)
+    elif path.is_file():
+        raise DataError(f"dataset {source!r}: expected a .jsonl or .json file, got {path.suffix!r}")
     else:
         rows = _dataset_rows(source, split)
     columns = [column for column in (prompt_column, answer_column) if column]
@@ -71,6 +72,11 @@ def load_examples(
     if not examples:
         raise DataError(f"dataset {source!r}: expected at least one row, got an empty data set")
     return examples
+
+
+def _no_slice(source: str, split: str) -> None:
+    if not split.isidentifier():
+        raise DataError(f"split: expected a plain name, as {source!r} has no splits, got {split!r}")
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
@@ -106,7 +112,8 @@ def _dataset_rows(source: str, split: str) -> Iterable[Any]:
         if any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
             found = datasets.load_from_disk(source)
             if isinstance(found, datasets.Dataset):
-                found = datasets.DatasetDict(train=found)
+                _no_slice(source, split)
+                return found
             if split not in found:
                 raise DataError(
                     f"split: {source!r} has {', '.join(map(repr, found))}, got {split!r}"
@@ -208,6 +215,8 @@ class Sampler:
             raise DataError("examples: expected at least one, got none")
         self.examples = list(examples)
         self.seed = seed
+        text = json.dumps(self.examples)
+        self._digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         self._shuffle(0)
         self.position = 0
 
@@ -233,7 +242,7 @@ class Sampler:
             "seed": self.seed,
             "epoch": self.epoch,
             "position": self.position,
-            "examples": self._digest(),
+            "examples": self._digest,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -242,7 +251,7 @@ class Sampler:
         Raises:
             DataError: it was taken with another seed or over other examples.
         """
-        for name, ours in (("seed", self.seed), ("examples", self._digest())):
+        for name, ours in (("seed", self.seed), ("examples", self._digest)):
             if state[name] != ours:
                 raise DataError(
                     f"{name}: the checkpoint was written with other {name} than this run's "
@@ -250,7 +259,3 @@ class Sampler:
                 )
         self._shuffle(state["epoch"])
         self.position = state["position"]
-
-    def _digest(self) -> str:
-        text = json.dumps(self.examples, ensure_ascii=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -55,7 +55,7 @@ def test_folders_that_datasets_saved(tmp_path):
     data = datasets.Dataset.from_list(ROWS)
     data.save_to_disk(tmp_path / "one")
     datasets.DatasetDict(test=data).save_to_disk(tmp_path / "many")
-    assert load(tmp_path / "one") == EXPECTED
+    assert load(tmp_path / "one") == load(tmp_path / "one", split="test") == EXPECTED
     assert load(tmp_path / "many", split="test", limit=3) == EXPECTED[:3]
     with pytest.raises(DataError, match=r"split: .*many' has 'test', got 'train'"):
         load(tmp_path / "many")
@@ -117,8 +117,13 @@ def test_a_json_file_that_is_cut_off(tmp_path):
 
 
 def test_options_that_mean_nothing_are_refused(file):
-    with pytest.raises(DataError, match="split: a file .* has only 'train', got 'test'"):
-        load(file, split="test")
+    assert load(file, split="test") == EXPECTED
+    with pytest.raises(DataError, match=r"split: expected a plain name, .* got 'train\[:2\]'"):
+        load(file, split="train[:2]")
+    other = file.rename(file.with_suffix(".csv"))
+    with pytest.raises(DataError, match=r"expected a .jsonl or .json file, got '.csv'"):
+        load(other)
+    file = other.rename(file)
     with pytest.raises(DataError, match="limit: expected at least 1 example, got 0"):
         load(file, limit=0)
 
