@@ -92,7 +92,7 @@ class RunLog:
                 self.samples_path.unlink(missing_ok=True)
             self.records = [
                 {"phase": "config", **options},
-                *(record for record in kept if record["phase"] != "config"),
+                *(record for record in kept if record.get("phase") != "config"),
             ]
             _replace(self.path, self.records)
         except OSError as error:
@@ -218,10 +218,10 @@ def _read(path: Path) -> list[dict[str, Any]]:
 def _until(records: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
     """The records before the first training step beyond `step`, without an earlier end's result."""
     for i, record in enumerate(records):
-        if record["phase"] == "train" and record["step"] > step:
+        if record.get("phase") == "train" and record["step"] > step:
             records = records[:i]
             break
-    return [record for record in records if record["phase"] != "result"]
+    return [record for record in records if record.get("phase") != "result"]
 
 
 def _replace(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

@@ -35,7 +35,7 @@ def plot_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
         points = [
             (record["step"], record[name])
             for record in records
-            if record["phase"] == "train" and record.get(name) is not None
+            if record.get("phase") == "train" and record.get(name) is not None
         ]
         points = [point for point in points if math.isfinite(point[1])]
         if points:
