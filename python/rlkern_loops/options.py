@@ -139,7 +139,7 @@ class RunConfig:
     samples_every: int = option(50, "Rounds between printed completions; 0: none.")
 
     max_operand: int = option(99, "addition: operands of the sums run from 0 to this.")
-    word_length: int = option(6, "reversal: letters of a word.")
+    word_length: int = option(8, "reversal: letters of a word.")
     hidden_size: int = option(64, "Width of the built-in tasks' models.")
     num_layers: int = option(2, "Layers of the built-in tasks' models.")
     num_heads: int = option(4, "Attention heads of the built-in tasks' models.")
@@ -161,11 +161,12 @@ class RunConfig:
     }  # fmt: skip
     LEAST = {
         "hidden_size": 1, "num_layers": 1, "num_heads": 1, "warm_start_steps": 0,
-        "warm_start_batch_size": 1, "reward_model_steps": 0, "limit": 1,
-        "eval_size": 1, "max_prompt_tokens": 1, "steps": 0, "prompts_per_step": 1, "max_new_tokens": 1, "rollout_batch_size": 0, "epochs": 1,
-        "minibatches": 1, "micro_batch_size": 0, "warmup_steps": 0, "weight_decay": 0,
-        "eval_every": 1, "save_every": 0, "keep_checkpoints": 1, "print_every": 1,
-        "samples_every": 0, "kl_coef": 0, "entropy_coef": 0, "clip_low": 0, "clip_high": 0,
+        "warm_start_batch_size": 1, "reward_model_steps": 0, "limit": 1, "eval_size": 1,
+        "max_prompt_tokens": 1, "steps": 0, "prompts_per_step": 1, "max_new_tokens": 1,
+        "rollout_batch_size": 0, "epochs": 1, "minibatches": 1, "micro_batch_size": 0,
+        "warmup_steps": 0, "weight_decay": 0, "eval_every": 1, "save_every": 0,
+        "keep_checkpoints": 1, "print_every": 1, "samples_every": 0, "kl_coef": 0,
+        "entropy_coef": 0, "clip_low": 0, "clip_high": 0,
     }  # fmt: skip
     POSITIVE = ("learning_rate", "warm_start_learning_rate", "max_grad_norm")
 
