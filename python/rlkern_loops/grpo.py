@@ -229,9 +229,7 @@ def _train(config: GRPOConfig) -> dict[str, float]:
                 "rollout/groups_without_signal": without,
                 "rollout/no_verdict": rewards.isnan().float().mean().item(),
             }
-            run.samples(
-                step, [e.prompt for e in asked], completions.texts(setting.tokenizer), rewards
-            )
+            run.samples(step, asked, completions, setting.tokenizer, rewards)
 
             # What the loss compares with: the policy before it learns, and the one at the start.
             if config.mask_truncated:

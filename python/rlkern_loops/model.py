@@ -109,7 +109,9 @@ def _load(kind: Any, name: str, config: Any, device: str, frozen: bool) -> nn.Mo
     if frozen:
         model.requires_grad_(False)
     elif config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5.24 renames it; both take torch.utils.checkpoint's arguments first.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     return model.train(not frozen)
 
 

@@ -199,8 +199,8 @@ class RunConfig:
         try:
             return PolicyLoss.preset(self.loss, **self.overrides())
         except (TypeError, ValueError) as error:
-            # rlkern names its argument: "clip_low: ..."; a preset's name is this class's loss.
-            raise ValueError(re.sub(r"^name:", "loss:", str(error))) from error
+            # rlkern names its arguments as here, but for the preset.
+            raise ValueError(re.sub("^preset:", "loss:", str(error))) from error
 
     def _check_numbers(self) -> None:
         def given(bounds):
@@ -235,7 +235,9 @@ class RunConfig:
                         f"{name}: expected None without dataset, got {getattr(self, name)!r}"
                     )
         if self.system_prompt is not None and not self.chat_template:
-            raise ValueError("system_prompt: expected None without chat_template")
+            raise ValueError(
+                f"system_prompt: expected None without chat_template, got {self.system_prompt!r}"
+            )
 
     def _check_model(self) -> None:
         if self.hidden_size % self.num_heads:

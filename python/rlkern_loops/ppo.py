@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rlkern import Metrics, ValueLoss, gae, kl_penalty, whiten
+from rlkern import Metrics, PolicyLoss, ValueLoss, gae, kl_penalty, whiten
 from rlkern_loops import learn, model
 from rlkern_loops.critic import Critic, load_critic
 from rlkern_loops.data import Example, Sampler
@@ -54,7 +54,7 @@ class PPOConfig(RunConfig):
     task: Literal["addition", "reversal"] = option(
         "reversal", "The built-in task, where no dataset is given."
     )
-    steps: int = option(150, "Rounds of sampling and learning.")
+    steps: int = option(60, "Rounds of sampling and learning.")
     prompts_per_step: int = option(256, "Prompts per round, with one completion each.")
     epochs: int = option(2, "Passes over a round's completions.")
 
@@ -199,7 +199,8 @@ def read(
         logprobs = completion_logprobs(policy, part, temperature=config.temperature, hidden=hidden)
         return logprobs, critic(policy, part, hidden)
 
-    old, values = in_batches(both, completions, config.micro_batch_size)
+    with model.precision(config, policy.device.type):
+        old, values = in_batches(both, completions, config.micro_batch_size)
     return old, values
 
 
@@ -214,25 +215,24 @@ def advantages_of(
         kl = kl_penalty(old, ref, estimator=config.kl_estimator or "k1", mask=mask)
     in_reward = kl if config.kl_in == "reward" else None
     rewards = token_rewards(scores, in_reward, kl_coef, mask)
-    if config.whiten_rewards:
+    several = mask.sum() > 1  # of one value, or none, there is no variance
+    if config.whiten_rewards and several:
         rewards = whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, values, gamma=config.gamma, lam=config.lam, mask=mask)
-    if config.whiten_advantages:
+    if config.whiten_advantages and several:
         advantages = whiten(advantages, mask)
     return Round(completions, old, values, ref, advantages, returns), kl
 
 
 def update(
-    policy, critic: Critic, optimizer, batch: Round, kl_coef: float, config: PPOConfig
-) -> tuple[list[Metrics], list[float]]:
+    policy, critic: Critic, optimizer, batch: Round, objective: PolicyLoss, max_new_tokens: int,
+    config: PPOConfig,
+) -> tuple[list[Metrics], list[float]]:  # fmt: skip
     """One optimizer step of policy and critic on a mini-batch: the metrics of their losses, and
     the norms of their gradients."""
-    objective = config.objective()
-    if config.kl_in == "loss":
-        objective = objective.replace(kl_coef=kl_coef)
     value_loss = ValueLoss(clip=config.value_clip or None)
     mask = batch.completions.mask
-    policy_counts = learn.denominators(objective, mask, config.max_new_tokens or mask.shape[1])
+    policy_counts = learn.denominators(objective, mask, max_new_tokens)
     value_counts = learn.denominators(value_loss, mask, 0)
 
     def loss_of(rows: Tensor) -> tuple[Tensor, list[Metrics]]:
@@ -313,32 +313,32 @@ def _train(config: PPOConfig) -> dict[str, float]:
                 "rollout/finished": completions.finished.float().mean().item(),
                 "rollout/no_verdict": judged.isnan().float().mean().item(),
             }
-            texts = completions.texts(setting.tokenizer)
-            run.samples(step, [e.prompt for e in asked], texts, judged)
+            run.samples(step, asked, completions, setting.tokenizer, judged)
 
             # What is expected of every token, and what came: advantages and returns.
             counts = ~judged.isnan()  # a completion without a verdict teaches nothing
             if config.mask_truncated:
                 counts &= completions.finished
             completions = completions._replace(mask=completions.mask & counts[:, None])
-            with torch.no_grad(), model.precision(config, run.device):
-                old, values = read(policy, critic, completions, config)
-                ref = None
-                if reference is not None:
-                    ref = logprobs_of(reference, completions, config)
+            old, values = read(policy, critic, completions, config)
+            ref = logprobs_of(reference, completions, config) if reference is not None else None
             scores = completion_scores(judged, completions.finished, config)
             batch, kl = advantages_of(
                 scores, completions, old, values, ref, controller.kl_coef, config
             )
 
             # Learn.
+            objective = config.objective()
+            if config.kl_in == "loss":
+                objective = objective.replace(kl_coef=controller.kl_coef)
             found, norms = [], []
             for _ in range(config.epochs):
                 order = torch.randperm(len(judged), device=judged.device)
                 for rows in order.chunk(config.minibatches):
                     of_both, norm = update(
-                        policy, critic, optimizer, batch.select(rows), controller.kl_coef, config
-                    )
+                        policy, critic, optimizer, batch.select(rows), objective,
+                        setting.max_new_tokens, config,
+                    )  # fmt: skip
                     found.append(of_both)
                     norms.append(norm)
             for part in zip(*found, strict=True):

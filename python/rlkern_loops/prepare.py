@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from rlkern_loops.data import Example, fit_prompts, hold_out, load_examples, render
 from rlkern_loops.errors import DataError
@@ -209,8 +210,8 @@ def _make_whole(place: Path, make: Callable[[Path], None]) -> None:
         staged.mkdir(parents=True)
         make(staged)
         os.replace(staged, place)
-    except OSError as error:
-        raise DataError(f"output_dir: cannot write {place}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"output_dir: cannot write {place}: {error}") from error
 
 
 def _warm_started(config, task: Task, splits, device: str, place: Path) -> None:

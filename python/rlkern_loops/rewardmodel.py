@@ -24,7 +24,12 @@ SMOOTHING = 0.2
 
 
 def slip(answer: str, letters: str, rng: random.Random) -> str:
-    """A wrong answer near the right one: a letter changed, two exchanged, one too many or few."""
+    """A wrong answer, mostly near the right one: letters changed, exchanged, too many or too few.
+
+    A quarter is cut short, down to nothing: a policy finds what a reward model has never seen.
+    """
+    if rng.random() < 0.25:
+        return answer[: rng.randrange(len(answer))]
     while True:
         written = list(answer)
         for _ in range(rng.choice((1, 1, 1, 2, 3))):

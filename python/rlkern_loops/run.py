@@ -13,12 +13,15 @@ from typing import Any
 
 import numpy
 import torch
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from rlkern_loops import checkpoint
-from rlkern_loops.errors import RunError
+from rlkern_loops.data import Example
+from rlkern_loops.errors import CheckpointError, RunError
 from rlkern_loops.log import RunLog
 from rlkern_loops.options import RunConfig, changed
+from rlkern_loops.rollout import Completions
 
 
 class Run:
@@ -57,13 +60,12 @@ class Run:
             **parts: what has state_dict() and load_state_dict(): models, optimizers, the sampler.
         """
         self.parts = parts
-        self.done = self._saved = 0
+        self._saved = 0
         random.seed(self.config.seed)
         numpy.random.seed(self.config.seed % 2**32)
         torch.manual_seed(self.config.seed)
         if self._found is not None:
-            self.done, state = self._found
-            self._saved = self.done
+            self._saved, state = self._found
             if names := changed(self.config, state["config"]):
                 print(f"going on with other options than before: {', '.join(names)}")
             for name, part in parts.items():
@@ -72,7 +74,8 @@ class Run:
             self._clock -= self.facts.pop("seconds")
             checkpoint.set_rng_state(state["rng"])
             self._found = None  # its tensors are as large as the run's
-            print(f"going on after step {self.done}")
+            print(f"going on after step {self._saved}")
+        self._mark(self._saved)
         self.log = RunLog(
             self.config.output_dir, self.config, report_to=self.config.report_to,
             resumed_step=self.done if self.resumed else None, total_steps=self.config.steps,
@@ -81,9 +84,7 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, numbered from 1."""
-        for step in self.log.progress(range(self.done + 1, self.config.steps + 1)):
-            self._before = {"rng": checkpoint.rng_state(), "small": self._small_states()}
-            yield step
+        yield from self.log.progress(range(self.done + 1, self.config.steps + 1))
 
     @contextlib.contextmanager
     def rescued(self) -> Iterator[None]:
@@ -94,11 +95,13 @@ class Run:
         """
         try:
             yield
+        except CheckpointError:
+            raise
         except RunError as error:
             if not self.config.save_every or not self.done:
                 raise
             if self._saved != self.done:
-                self._save(self._before)
+                self._save()
             latest = checkpoint.latest(self.config.output_dir)
             raise type(error)(
                 f"{error}; --resume auto goes on after step {self.done}, from {latest}"
@@ -106,32 +109,35 @@ class Run:
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """Logs a step that is done, and saves a checkpoint where one is due."""
+        self._mark(step)
         self.log.step(step, metrics)
-        self.done = step
         every = self.config.save_every
         if every and (step % every == 0 or step == self.config.steps):
-            self._save({"rng": checkpoint.rng_state(), "small": self._small_states()})
+            self._save()
 
     def samples(
-        self, step: int, prompts: Sequence[str], completions: Sequence[str], rewards: Any
+        self, step: int, examples: Sequence[Example], written: Completions, tokenizer, rewards
     ) -> None:
-        """Prints completions of a step where it is due."""
+        """Prints a completion of a step where it is due, and keeps all of them."""
         every = self.config.samples_every
         if every and step % every == 0:
-            self.log.samples(step, prompts, completions, rewards)
+            prompts = [example.prompt for example in examples]
+            self.log.samples(step, prompts, written.texts(tokenizer), rewards.tolist())
 
-    def _small_states(self) -> dict[str, Any]:
-        """The states that hold no tensors: those change during a step, and copies cost nothing."""
-        return {
+    def _mark(self, step: int) -> None:
+        """Notes that a step is done, and what changes before the next one's weights do: the random
+        generators and the states without tensors."""
+        self.done = step
+        self._light = {
             name: part.state_dict() for name, part in self.parts.items()
             if not isinstance(part, (torch.nn.Module, torch.optim.Optimizer))
         }  # fmt: skip
+        self._rng = checkpoint.rng_state()
 
-    def _save(self, light: dict[str, Any]) -> None:
-        large = {k: v.state_dict() for k, v in self.parts.items() if k not in light["small"]}
+    def _save(self) -> None:
+        parts = {name: self._light.get(name) or p.state_dict() for name, p in self.parts.items()}
         state = {
-            "config": dataclasses.asdict(self.config), "rng": light["rng"],
-            "parts": large | light["small"],
+            "config": dataclasses.asdict(self.config), "rng": self._rng, "parts": parts,
             "facts": self.facts | {"seconds": time.perf_counter() - self._clock},
         }  # fmt: skip
         checkpoint.save(self.config.output_dir, self.done, state, keep=self.config.keep_checkpoints)
@@ -148,7 +154,7 @@ class Run:
         try:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise RunError(f"cannot save the model to {folder}: {error}") from error
         self.log.write({"phase": "result", **result})
         self.log.close()
