@@ -63,8 +63,7 @@ def test_a_verifier_and_a_weighted_sum():
         ("model:/nowhere", "reward 'model:/nowhere': "),
     ],
 )
-def test_a_reward_that_is_not_there_is_named(spec, message, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_reward_that_is_not_there_is_named(spec, message):
     with pytest.raises(RewardError, match=message):
         load_reward(spec)
 
