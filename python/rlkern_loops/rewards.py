@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,12 +93,20 @@ def checked(name: str, reward: Callable[..., Any]) -> Reward:
             raise
         except Exception as error:
             raise RewardError(
-                f"reward {name!r} raised {type(error).__name__}: {error}; the first completion of "
-                f"its batch was {excerpt(completions[0]) if completions else 'missing'}"
+                f"reward {name!r} raised {type(error).__name__}: {error}{_where(error)}; the first "
+                f"completion of its batch was {excerpt(completions[0] if completions else '')}"
             ) from error
         return _as_tensor(name, values, completions)
 
     return call
+
+
+def _where(error: Exception) -> str:
+    """The line of the reward that an error came through, for who gets no traceback."""
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename != __file__:
+            return f" ({frame.filename}, line {frame.lineno})"
+    return ""
 
 
 def _as_tensor(name: str, values: Any, completions: list[str]) -> torch.Tensor:

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 from rlkern_loops.errors import RewardError
-from rlkern_loops.model import char_tokenizer, tiny_gpt2
 from rlkern_loops.rewards import load_reward, model_reward
+from rlkern_loops.tiny import char_tokenizer, tiny_gpt2
 
 from rlkern import group_advantages
 
@@ -132,8 +132,8 @@ def test_a_wrong_result_is_an_error(module, result, message):
 def test_an_exception_is_named_with_its_cause(module):
     with pytest.raises(
         RewardError,
-        match="reward 'my_rewards:reward' raised KeyError: 'score'; the first completion of its "
-        "batch was '2'",
+        match=r"reward 'my_rewards:reward' raised KeyError: 'score' \(.*my_rewards.py, line 2\); "
+        "the first completion of its batch was '2'",
     ) as raised:
         call(module("def reward(completions):\n    return {}['score']\n"))
     assert isinstance(raised.value.__cause__, KeyError)
