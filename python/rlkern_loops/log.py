@@ -16,7 +16,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from rlkern_loops import trackers
-from rlkern_loops.errors import LogError
+from rlkern_loops.errors import LogError, shorten
 from rlkern_loops.plots import plot_curves
 
 T = TypeVar("T")
@@ -36,6 +36,8 @@ _COLUMNS = (
 )
 _WIDTH = 10
 _HEADING_EVERY = 25
+# Characters of a prompt, and of a completion, on the console; the file has all of them.
+_SHOWN = 1000
 
 
 class RunLog:
@@ -153,7 +155,8 @@ class RunLog:
             self.print(
                 Text.assemble(
                     (f"step {step}, reward {one['reward']:.3f}: ", "dim"),
-                    str(one["prompt"]), (str(one["completion"]), "bold"),
+                    shorten(str(one["prompt"]), _SHOWN),
+                    (shorten(str(one["completion"]), _SHOWN), "bold"),
                 )
             )  # fmt: skip
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rlkern_loops.errors import RewardError, did_you_mean, excerpt
+from rlkern_loops.errors import RewardError, did_you_mean, shorten
 from rlkern_loops.verifiers import VERIFIERS, Verifier
 
 #: prompts, completions, answers (texts) and finished (whether the model ended the completion
@@ -94,7 +94,7 @@ def checked(name: str, reward: Callable[..., Any]) -> Reward:
         except Exception as error:
             raise RewardError(
                 f"reward {name!r} raised {type(error).__name__}: {error}{_where(error)}; the first "
-                f"completion of its batch was {excerpt(completions[0] if completions else '')}"
+                f"completion of its batch was {shorten(completions[0] if completions else '')!r}"
             ) from error
         return _as_tensor(name, values, completions)
 
@@ -127,7 +127,7 @@ def _as_tensor(name: str, values: Any, completions: list[str]) -> torch.Tensor:
     for i in numbers.isinf().nonzero().flatten().tolist():
         raise RewardError(
             f"reward {name!r}: expected a finite number, NaN or None, got {values[i]!r} for "
-            f"{excerpt(completions[i])}"
+            f"{shorten(completions[i])!r}"
         )
     return numbers
 

@@ -100,6 +100,10 @@ def test_samples_are_shown_as_they_are(tmp_path, capsys):
     log.samples(3, ["p[0]", "q"], [completion, "second"], torch.tensor([1.0, 0.0]))
     out = capsys.readouterr().out
     assert f"step 3, reward 1.000: p[0]{completion}\n" == out
+    log.samples(4, ["p"], ["a" + "x" * 5000 + "z"], [0.0])
+    out = capsys.readouterr().out
+    assert len(out) < 1100 and "pax" in out and "xz" in out and " ... " in out
+    assert len(read(log.samples_path)[2]["completion"]) == 5002
     assert read(log.samples_path)[1] == {
         "step": 3, "prompt": "q", "completion": "second", "reward": 0.0,
     }  # fmt: skip
