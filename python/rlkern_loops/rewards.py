@@ -43,7 +43,9 @@ def load_reward(spec: str, *, device: str = "cpu") -> Reward:
             infinite one. NaN passes through: `rlkern.group_advantages` leaves it out of its group.
     """
     terms = []
-    for term in spec.split("+"):
+    # The folder of a reward model may have a + in its name.
+    whole = spec.startswith("model:") and os.path.isdir(spec.removeprefix("model:"))
+    for term in [spec] if whole else spec.split("+"):
         match = re.fullmatch(r"\s*(?:([-\d.eE]+)\s*\*)?\s*(.+?)\s*", term)
         try:
             weight, name = (float(match[1] or 1), match[2]) if match else (math.nan, "")
