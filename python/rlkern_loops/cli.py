@@ -1,8 +1,4 @@
-"""The `rlkern` command: trains from the command line or a YAML file, and says what is installed.
-
-rlkern train grpo --config run.yaml --learning-rate 1e-6
-rlkern info
-"""
+"""The `rlkern` command: `rlkern train grpo --config run.yaml --steps 100`, and `rlkern info`."""
 
 from __future__ import annotations
 
@@ -28,7 +24,7 @@ class UsageError(Exception):
     """Options that cannot be used; what they should be is in the message."""
 
 
-def parse_config(config_class: type, arguments: Sequence[str], prog: str) -> Any:
+def parse_config(config_class: Any, arguments: Sequence[str], prog: str) -> Any:
     """The options of a command line, those of its `--config FILE.yaml` below them.
 
     Args:
@@ -67,7 +63,7 @@ def parse_config(config_class: type, arguments: Sequence[str], prog: str) -> Any
         raise UsageError(str(error)) from error
 
 
-def _parser(config_class: type, prog: str) -> argparse.ArgumentParser:
+def _parser(config_class: Any, prog: str) -> argparse.ArgumentParser:
     from transformers import HfArgumentParser
 
     class Parser(HfArgumentParser):
@@ -167,9 +163,7 @@ def _convert_one(action: argparse.Action, value: Any, where: str) -> Any:
     return converted
 
 
-def run(
-    config_class: type, train: Callable[[Any], Any], arguments: Sequence[str], name: str
-) -> int:
+def run(config_class: Any, train: Callable[[Any], Any], arguments: Sequence[str], name: str) -> int:
     """Trains by the given options: the command's exit code, 2 for options, 1 for the run."""
     try:
         train(parse_config(config_class, arguments, name))

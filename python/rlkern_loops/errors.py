@@ -32,8 +32,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def excerpt(text: str, limit: int = 200) -> str:
-    """`text` as a Python literal, its middle left out where it is long."""
-    if len(text) > limit:
-        text = f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
-    return repr(text)
+def shorten(text: str, limit: int = 200) -> str:
+    """`text`, its middle left out where it has more than `limit` characters."""
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit // 2]} ... {text[-limit // 2 :]}"

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from rlkern import PolicyLoss
+from rlkern_loops import trackers
 
 # Fields of PolicyLoss that a run may set over its preset's.
 OVERRIDES = ("clip_low", "clip_high", "kl_coef", "kl_estimator", "entropy_coef", "aggregation")
@@ -31,6 +32,7 @@ class RunConfig:
 
     Raises:
         ValueError: an option out of its range, or one that the others contradict, by name.
+        LogError: a tracker that is unknown or not installed.
     """
 
     output_dir: str = option("runs/run", "Folder of everything that the run writes.")
@@ -184,6 +186,7 @@ class RunConfig:
         self.objective()
         check_device(self.device)
         check_folder(self.output_dir)
+        trackers.check_installed(self.report_to)
 
     @property
     def completions_per_step(self) -> int:

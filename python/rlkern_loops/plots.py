@@ -47,7 +47,9 @@ def plot_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
     for column, panel in enumerate(panels):
         axis = figure.add_subplot(1, len(panels), column + 1)
         for name in panel:
-            axis.plot(*zip(*curves[name], strict=True), label=name)
+            # Dots, where there are few: a line through one point is nothing.
+            marker = "." if len(curves[name]) < 30 else None
+            axis.plot(*zip(*curves[name], strict=True), label=name, marker=marker)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         if panel:

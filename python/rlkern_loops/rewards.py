@@ -8,12 +8,13 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from rlkern_loops.errors import RewardError, did_you_mean, excerpt
+from rlkern_loops.errors import RewardError, did_you_mean, shorten
 from rlkern_loops.verifiers import VERIFIERS, Verifier
 
 #: prompts, completions, answers (texts) and finished (whether the model ended the completion
@@ -42,7 +43,9 @@ def load_reward(spec: str, *, device: str = "cpu") -> Reward:
             infinite one. NaN passes through: `rlkern.group_advantages` leaves it out of its group.
     """
     terms = []
-    for term in spec.split("+"):
+    # The folder of a reward model may have a + in its name.
+    whole = spec.startswith("model:") and os.path.isdir(spec.removeprefix("model:"))
+    for term in [spec] if whole else spec.split("+"):
         match = re.fullmatch(r"\s*(?:([-\d.eE]+)\s*\*)?\s*(.+?)\s*", term)
         try:
             weight, name = (float(match[1] or 1), match[2]) if match else (math.nan, "")
@@ -92,12 +95,20 @@ def checked(name: str, reward: Callable[..., Any]) -> Reward:
             raise
         except Exception as error:
             raise RewardError(
-                f"reward {name!r} raised {type(error).__name__}: {error}; the first completion of "
-                f"its batch was {excerpt(completions[0]) if completions else 'missing'}"
+                f"reward {name!r} raised {type(error).__name__}: {error}{_where(error)}; the first "
+                f"completion of its batch was {shorten(completions[0] if completions else '')!r}"
             ) from error
         return _as_tensor(name, values, completions)
 
     return call
+
+
+def _where(error: Exception) -> str:
+    """The line of the reward that an error came through, for who gets no traceback."""
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename != __file__:
+            return f" ({frame.filename}, line {frame.lineno})"
+    return ""
 
 
 def _as_tensor(name: str, values: Any, completions: list[str]) -> torch.Tensor:
@@ -118,7 +129,7 @@ def _as_tensor(name: str, values: Any, completions: list[str]) -> torch.Tensor:
     for i in numbers.isinf().nonzero().flatten().tolist():
         raise RewardError(
             f"reward {name!r}: expected a finite number, NaN or None, got {values[i]!r} for "
-            f"{excerpt(completions[i])}"
+            f"{shorten(completions[i])!r}"
         )
     return numbers
 

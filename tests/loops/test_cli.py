@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -11,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from rlkern_loops import checkpoint, cli, data, errors, rewards
+from rlkern_loops import checkpoint, cli, data, errors, rewards, trackers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -211,6 +214,40 @@ def test_wrong_options_and_interrupts_have_their_codes(capsys):
 def test_a_mistake_in_the_code_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         finished(lambda config: 1 / 0)
+
+
+# ---- the documentation ---------------------------------------------------------------------------
+
+
+def blocks(language):
+    text = (ROOT / "docs" / "loops.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_the_commands_of_the_documentation_parse(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # The trackers that it asks for are not what is tested.
+    monkeypatch.setattr(trackers, "check_installed", lambda names: None)
+    (text,) = blocks("yaml")
+    (tmp_path / "run.yaml").write_text(text)
+    commands = [line for block in blocks("sh") for line in block.splitlines()]
+    trained = [line for line in commands if line.startswith("rlkern train ")]
+    for line in trained:
+        _, _, loop, *arguments = shlex.split(line)
+        module, name = cli.LOOPS[loop]
+        config = getattr(importlib.import_module(module), name)
+        assert cli.parse_config(config, arguments, line)
+    assert trained
+
+
+def test_the_reward_of_the_documentation_runs(tmp_path, monkeypatch):
+    (text,) = (block for block in blocks("python") if block.startswith("def reward("))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "documented_reward.py").write_text(text)
+    reward = rewards.load_reward("documented_reward:reward")
+    found = reward(["p", "p"], ["it is 4", "it is 5"], ["4", "4"], [True, False])
+    assert found.tolist() == pytest.approx([1.0, -0.1])
 
 
 # ---- the command --------------------------------------------------------------------------------

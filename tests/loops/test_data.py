@@ -7,7 +7,7 @@ import json
 import pytest
 from rlkern_loops.data import Example, Sampler, fit_prompts, hold_out, load_examples, render
 from rlkern_loops.errors import DataError
-from rlkern_loops.model import char_tokenizer
+from rlkern_loops.tiny import char_tokenizer
 
 ROWS = [{"question": f"{i}+1=", "answer": str(i + 1), "level": i} for i in range(5)]
 EXPECTED = [Example(row["question"], row["answer"]) for row in ROWS]

@@ -100,6 +100,10 @@ def test_samples_are_shown_as_they_are(tmp_path, capsys):
     log.samples(3, ["p[0]", "q"], [completion, "second"], torch.tensor([1.0, 0.0]))
     out = capsys.readouterr().out
     assert f"step 3, reward 1.000: p[0]{completion}\n" == out
+    log.samples(4, ["p"], ["a" + "x" * 5000 + "z"], [0.0])
+    out = capsys.readouterr().out
+    assert len(out) < 1100 and "pax" in out and "xz" in out and " ... " in out
+    assert len(read(log.samples_path)[2]["completion"]) == 5002
     assert read(log.samples_path)[1] == {
         "step": 3, "prompt": "q", "completion": "second", "reward": 0.0,
     }  # fmt: skip
@@ -183,6 +187,24 @@ def test_a_service_that_does_not_start_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", module)
     with pytest.raises(LogError, match="report_to: wandb does not start: no API key"):
         RunLog(tmp_path, Options(), report_to=["wandb"])
+
+
+def test_a_service_that_fails_later_costs_no_run(tmp_path, monkeypatch):
+    class Run:
+        def log(self, metrics, step):
+            if step == 2:
+                raise ConnectionError("gone")
+            assert step == 1
+
+    module = types.ModuleType("wandb")
+    module.init = lambda **options: Run()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    log = RunLog(tmp_path, Options(), report_to=["wandb"])
+    with pytest.warns(RuntimeWarning, match="wandb gets no more metrics, .*jsonl has .*: gone"):
+        steps(log, 1, 2)
+    steps(log, 3)
+    log.close()
+    assert [record["step"] for record in read(log.path)[1:]] == [1, 2, 3]
 
 
 def test_tensorboard_has_the_metrics_of_one_run(tmp_path):
