@@ -20,19 +20,20 @@ from transformers.utils import logging
 
 from rlkern_loops.errors import RunError
 
-_ATTENTION = {"flash": "flash_attention_2", "sdpa": "sdpa", "eager": "eager"}
+_FLASH = "flash_attention_2"
 
 
 class ModelError(RunError):
     """A model that cannot be loaded, or that the losses cannot be taken from."""
 
 
-def attention_kind(wanted: str, precision: str, device: str) -> str:
-    """What "auto" comes to: flash-attn on a GPU in bf16 where it is installed, else sdpa."""
-    if wanted != "auto":
-        return wanted
-    has_flash = importlib.util.find_spec("flash_attn") is not None
-    return "flash" if has_flash and precision == "bf16" and device != "cpu" else "sdpa"
+def attention_name(wanted: str, precision: str, device: str) -> str | None:
+    """transformers' name of an attention. None leaves it to choose scaled_dot_product_attention,
+    or what a model has in its place."""
+    if wanted == "auto":
+        has_flash = importlib.util.find_spec("flash_attn") is not None
+        return _FLASH if has_flash and precision == "bf16" and device != "cpu" else None
+    return _FLASH if wanted == "flash" else wanted
 
 
 def load_tokenizer(name: str) -> Any:
@@ -72,10 +73,14 @@ def load(name: str, config: Any, device: str, *, frozen: bool = False) -> nn.Mod
         frozen: no gradients.
 
     Raises:
-        ModelError: it cannot be loaded, or its logits are not made from its last hidden states.
+        ModelError: it cannot be loaded, its logits are not made from its last hidden states, or it
+            does not tell packed sequences apart.
     """
     model = _load(AutoModelForCausalLM, name, config, device, frozen)
-    _check_head(model, name)
+    with precision(config, device):
+        _check_head(model, name)
+        if _reads_packed(model):
+            _check_packing(model, name)
     return model
 
 
@@ -85,7 +90,6 @@ def load_backbone(name: str, config: Any, device: str) -> nn.Module:
 
 
 def _load(kind: Any, name: str, config: Any, device: str, frozen: bool) -> nn.Module:
-    attention = attention_kind(config.attention, config.precision, device)
     try:
         settings = AutoConfig.from_pretrained(name)
         for key, value in vars(settings).items():
@@ -96,7 +100,7 @@ def _load(kind: Any, name: str, config: Any, device: str, frozen: bool) -> nn.Mo
                 name,
                 config=settings,
                 dtype=torch.bfloat16 if frozen and config.precision == "bf16" else torch.float32,
-                attn_implementation=_ATTENTION[attention],
+                attn_implementation=attention_name(config.attention, config.precision, device),
                 output_loading_info=True,
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -151,8 +155,9 @@ def _check_head(model: nn.Module, name: str) -> None:
     made = made * parts["logit_scale"]
     if parts["softcap"]:
         made = parts["softcap"] * torch.tanh(made / parts["softcap"])
-    # The same product rounded in another order, in bf16 at most: two units of its 8 bits.
-    if not torch.allclose(own, made, rtol=2**-7, atol=2**-7 * own.abs().max().item()):
+    # The same steps, each rounded to 8 bits in bf16 (a product of two, a scale, a cap): within four
+    # of its units. A step left out, or another one, changes the logits by their own size.
+    if not torch.allclose(own, made, rtol=2**-6, atol=2**-6 * own.abs().max().item()):
         raise ModelError(
             f"model: the logits of {name!r} are not its lm_head times its last hidden states, "
             "which the losses here start from"
@@ -164,6 +169,19 @@ def precision(config: Any, device: str) -> contextlib.AbstractContextManager:
     return torch.autocast(
         torch.device(device).type, torch.bfloat16, enabled=config.precision == "bf16"
     )
+
+
+@torch.no_grad()
+def _check_packing(model: nn.Module, name: str) -> None:
+    """A model that ignores position ids would read one sequence on in the next, in silence."""
+    ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    trunk = backbone(model)
+    with evaluating(model):
+        alone = trunk(ids[:, 4:], use_cache=False).last_hidden_state.float()
+        packed = _packed(trunk, ids.view(2, 4), torch.ones_like(ids).view(2, 4))[1].float()
+    # As in _check_head; a token of another sequence in the attention shifts a state by its size.
+    if not torch.allclose(alone[0], packed, rtol=2**-5, atol=2**-5 * alone.abs().max().item()):
+        raise ModelError(f"attention: {name!r} reads packed sequences as one; expected sdpa")
 
 
 def backbone(model: nn.Module) -> nn.Module:
@@ -204,8 +222,12 @@ def hidden_states(trunk: nn.Module, ids: Tensor, attention_mask: Tensor) -> Tens
         ids: [B, L] int64.
         attention_mask: [B, L] int64, 1 where a token stands.
     """
-    packed = trunk.config._attn_implementation == _ATTENTION["flash"]
-    return _packed(trunk, ids, attention_mask) if packed else _padded(trunk, ids, attention_mask)
+    read = _packed if _reads_packed(trunk) else _padded
+    return read(trunk, ids, attention_mask)
+
+
+def _reads_packed(trunk: nn.Module) -> bool:
+    return trunk.config._attn_implementation == _FLASH
 
 
 def _padded(trunk: nn.Module, ids: Tensor, attention_mask: Tensor) -> Tensor:

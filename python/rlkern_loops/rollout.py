@@ -156,6 +156,11 @@ def _sample_batch(
     cache_name = "cache" if "cache" in accepted else "past_key_values"
     cache = DynamicCache(config=model.config.get_text_config())
     ends = torch.tensor(ends, device=prompt_ids.device)
+    # A prompt is read once for its group, but for models whose state cannot be repeated.
+    once = all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers)
+    if not once:
+        prompt_ids = prompt_ids.repeat_interleave(group_size, 0)
+        prompt_mask = prompt_mask.repeat_interleave(group_size, 0)
 
     def last_logits(ids: Tensor, attention_mask: Tensor) -> Tensor:
         arguments = {cache_name: cache, "attention_mask": attention_mask, "use_cache": True}
@@ -165,10 +170,12 @@ def _sample_batch(
             arguments["logits_to_keep"] = 1
         return model(ids, **arguments).logits[:, -1]
 
-    logits = last_logits(prompt_ids, prompt_mask).repeat_interleave(group_size, 0)  # [B, V]
-    cache.batch_repeat_interleave(group_size)
-    prompt_ids = prompt_ids.repeat_interleave(group_size, 0)
-    prompt_mask = prompt_mask.repeat_interleave(group_size, 0)
+    logits = last_logits(prompt_ids, prompt_mask)  # [B, V]
+    if once:
+        cache.batch_repeat_interleave(group_size)
+        logits, prompt_ids, prompt_mask = (
+            x.repeat_interleave(group_size, 0) for x in (logits, prompt_ids, prompt_mask)
+        )
 
     attention_mask = prompt_mask
     alive = torch.ones(len(prompt_ids), dtype=torch.bool, device=prompt_ids.device)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rlkern_loops.tasks import Addition
 from rlkern_loops.tiny import char_tokenizer, tiny_gpt2
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM
 
 #: Options of a run of seconds.
 SHORT = {
@@ -41,22 +41,33 @@ def policy(tokenizer):
 
 
 @pytest.fixture(scope="session")
-def folders(tmp_path_factory, tokenizer):
-    """Models with rotary positions, as large ones have, saved with their tokenizer, by name."""
+def make_model(tmp_path_factory, tokenizer):
+    """Saves a tiny random model of a transformers architecture with its tokenizer; the folder."""
     sizes = {
         "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32,
         "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
         "max_position_embeddings": 64, "bos_token_id": None, "initializer_range": 0.3,
         "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
-    made = {}
-    for name, kind in (("llama", LlamaConfig), ("qwen", Qwen2Config)):
+
+    def make(kind, **options):
         torch.manual_seed(1)
-        model = AutoModelForCausalLM.from_config(kind(**sizes, attention_dropout=0.1))
-        made[name] = str(tmp_path_factory.mktemp("models") / name)
-        model.save_pretrained(made[name])
-        tokenizer.save_pretrained(made[name])
-    return made
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | options))
+        folder = str(tmp_path_factory.mktemp("models") / kind)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def folders(make_model):
+    """Models with rotary positions, as large ones have, by name."""
+    return {
+        "llama": make_model("llama", attention_dropout=0.1),
+        "qwen": make_model("qwen2", attention_dropout=0.1),
+    }
 
 
 @pytest.fixture
