@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,7 +51,8 @@ class RunLog:
         folder: made if it is not there; an earlier run's log is replaced, unless this run goes on
             from a checkpoint.
         config: the run's options, a dataclass.
-        report_to: trackers that get the metrics as well: "tensorboard", "wandb", "trackio".
+        report_to: trackers that get the metrics as well: "tensorboard", "wandb", "trackio". One
+            that fails later on is left out from there, with a warning.
         resumed_step: the steps that were done when the checkpoint was written that the run goes on
             from. What was logged beyond it is cut, so that the files read as one run.
         total_steps: the run's length, for the progress bar.
@@ -117,10 +119,21 @@ class RunLog:
         """
         numbers = {name: float(value) for name, value in metrics.items()}
         self.write({"phase": "train", "step": step, **numbers})
-        for tracker in self._trackers:
-            tracker.log(step, numbers)
+        self._track(step, numbers)
         if step % self.print_every == 0 or step == self.total_steps or "eval/accuracy" in numbers:
             self._print_row(step, numbers)
+
+    def _track(self, step: int, metrics: dict[str, float]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(step, metrics)
+            except Exception as error:  # a lost connection must not cost the run
+                self._trackers.remove(tracker)
+                warnings.warn(
+                    f"{tracker.name} gets no more metrics, {self.path} has them all: {error}",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
 
     def _print_row(self, step: int, metrics: dict[str, float]) -> None:
         if not self._columns:

@@ -43,7 +43,9 @@ def load_reward(spec: str, *, device: str = "cpu") -> Reward:
             infinite one. NaN passes through: `rlkern.group_advantages` leaves it out of its group.
     """
     terms = []
-    for term in spec.split("+"):
+    # The folder of a reward model may have a + in its name.
+    whole = spec.startswith("model:") and os.path.isdir(spec.removeprefix("model:"))
+    for term in [spec] if whole else spec.split("+"):
         match = re.fullmatch(r"\s*(?:([-\d.eE]+)\s*\*)?\s*(.+?)\s*", term)
         try:
             weight, name = (float(match[1] or 1), match[2]) if match else (math.nan, "")
@@ -103,10 +105,10 @@ def checked(name: str, reward: Callable[..., Any]) -> Reward:
 
 def _where(error: Exception) -> str:
     """The line of the reward that an error came through, for who gets no traceback."""
-    for frame in traceback.extract_tb(error.__traceback__):
-        if frame.filename != __file__:
-            return f" ({frame.filename}, line {frame.lineno})"
-    return ""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [i for i, frame in enumerate(frames) if frame.filename == __file__]
+    called = frames[ours[-1] + 1 :]
+    return f" ({called[0].filename}, line {called[0].lineno})" if called else ""
 
 
 def _as_tensor(name: str, values: Any, completions: list[str]) -> torch.Tensor:

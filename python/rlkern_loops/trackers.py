@@ -12,12 +12,16 @@ from rlkern_loops.errors import LogError, did_you_mean
 
 
 class Tracker(Protocol):
+    name: str
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def close(self) -> None: ...
 
 
 class _TensorBoard:
+    name = "tensorboard"
+
     def __init__(self, folder: Path, options: dict[str, Any], resumed_step: int | None):
         from torch.utils.tensorboard import SummaryWriter
 
@@ -37,6 +41,8 @@ class _TensorBoard:
 
 
 class _WandB:
+    name = "wandb"
+
     def __init__(self, folder: Path, options: dict[str, Any], resumed_step: int | None):
         import wandb
 
@@ -53,6 +59,8 @@ class _WandB:
 
 
 class _Trackio:
+    name = "trackio"
+
     def __init__(self, folder: Path, options: dict[str, Any], resumed_step: int | None):
         import trackio
 
@@ -75,11 +83,9 @@ def _run_id(folder: Path, resumed_step: int | None) -> str:
     return kept.read_text()
 
 
-# The pip package is the module that an import must find.
+# By the name of the pip package, which is the module that an import must find.
 _TRACKERS: dict[str, Callable[..., Tracker]] = {
-    "tensorboard": _TensorBoard,
-    "wandb": _WandB,
-    "trackio": _Trackio,
+    tracker.name: tracker for tracker in (_TensorBoard, _WandB, _Trackio)
 }
 
 

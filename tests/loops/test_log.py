@@ -189,6 +189,24 @@ def test_a_service_that_does_not_start_is_an_error(tmp_path, monkeypatch):
         RunLog(tmp_path, Options(), report_to=["wandb"])
 
 
+def test_a_service_that_fails_later_costs_no_run(tmp_path, monkeypatch):
+    class Run:
+        def log(self, metrics, step):
+            if step == 2:
+                raise ConnectionError("gone")
+            assert step == 1
+
+    module = types.ModuleType("wandb")
+    module.init = lambda **options: Run()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    log = RunLog(tmp_path, Options(), report_to=["wandb"])
+    with pytest.warns(RuntimeWarning, match="wandb gets no more metrics, .*jsonl has .*: gone"):
+        steps(log, 1, 2)
+    steps(log, 3)
+    log.close()
+    assert [record["step"] for record in read(log.path)[1:]] == [1, 2, 3]
+
+
 def test_tensorboard_has_the_metrics_of_one_run(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
