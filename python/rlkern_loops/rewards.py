@@ -105,10 +105,10 @@ def checked(name: str, reward: Callable[..., Any]) -> Reward:
 
 def _where(error: Exception) -> str:
     """The line of the reward that an error came through, for who gets no traceback."""
-    for frame in traceback.extract_tb(error.__traceback__):
-        if frame.filename != __file__:
-            return f" ({frame.filename}, line {frame.lineno})"
-    return ""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [i for i, frame in enumerate(frames) if frame.filename == __file__]
+    called = frames[ours[-1] + 1 :]
+    return f" ({called[0].filename}, line {called[0].lineno})" if called else ""
 
 
 def _as_tensor(name: str, values: Any, completions: list[str]) -> torch.Tensor:
