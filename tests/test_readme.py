@@ -15,6 +15,7 @@ README = (ROOT / "README.md").read_text()
 RUN_BY = {
     "make train": ".ci/run",
     "make test": ".ci/run",
+    "rlkern train ppo": "tests/loops/test_run.py",
     "pip install .": "tests/build/test_build.py",
     "pytest benchmarks/bench_token_logprobs.py": "tests/benchmarks/test_bench_files.py",
     "python -m rlkern.info": "tests/build/test_build.py",
