@@ -26,6 +26,7 @@ T = TypeVar("T")
 _COLUMNS = (
     ("rollout/reward", "reward", ".3f"),
     ("eval/accuracy", "accuracy", ".3f"),
+    ("eval/reward", "eval", ".3f"),
     ("losses/policy_loss", "loss", ".4f"),
     ("losses/value_loss", "value loss", ".4f"),
     ("losses/explained_variance", "expl. var", ".3f"),
@@ -120,7 +121,8 @@ class RunLog:
         numbers = {name: float(value) for name, value in metrics.items()}
         self.write({"phase": "train", "step": step, **numbers})
         self._track(step, numbers)
-        if step % self.print_every == 0 or step == self.total_steps or "eval/accuracy" in numbers:
+        evaluated = any(name.startswith("eval/") for name in numbers)
+        if step % self.print_every == 0 or step == self.total_steps or evaluated:
             self._print_row(step, numbers)
 
     def _track(self, step: int, metrics: dict[str, float]) -> None:
@@ -136,8 +138,10 @@ class RunLog:
                 )
 
     def _print_row(self, step: int, metrics: dict[str, float]) -> None:
-        if not self._columns:
-            self._columns = [c for c in _COLUMNS if c[0] in metrics or c[0] == "eval/accuracy"]
+        # A metric that comes later, as an evaluation's does, gets a column and a new heading.
+        columns = [c for c in _COLUMNS if c in self._columns or c[0] in metrics]
+        if columns != self._columns:
+            self._columns, self._rows = columns, 0
         if self._rows % _HEADING_EVERY == 0:
             headings = "".join(f"{heading:>{_WIDTH + 1}}" for _, heading, _ in self._columns)
             self.print(Text(f"{'step':>6}{headings}", style="bold"))

@@ -10,7 +10,7 @@ from typing import Any
 
 # A panel a line; a panel that the run has no metric for is left out.
 _PANELS = (
-    ("rollout/reward", "eval/accuracy"),
+    ("rollout/reward", "eval/accuracy", "eval/reward"),
     ("losses/policy_loss",),
     ("losses/value_loss", "losses/explained_variance"),
     ("losses/kl", "losses/kl_coef"),

@@ -85,13 +85,14 @@ def test_the_console_has_one_row_a_step_under_a_heading(tmp_path, capsys):
         if number == 3:
             metrics["eval/accuracy"] = 0.75
         log.step(number, metrics)
-    heading, *rows = capsys.readouterr().out.splitlines()
-    assert heading.split() == ["step", "reward", "accuracy", "loss"]
-    # Every second one, the last, and whatever was evaluated.
-    assert [row.split()[0] for row in rows] == ["2", "3", "4", "5"]
-    assert rows[1].split() == ["3", "0.300", "0.750", "-0.5000"]
-    ends = {len(row) for row in rows} | {len(heading)}
-    assert len(ends) == 1, "columns that do not stand under each other"
+    lines = capsys.readouterr().out.splitlines()
+    # Every second one, the last, and whatever was evaluated, which gets a column with the first.
+    assert [line.split()[0] for line in lines] == ["step", "2", "step", "3", "4", "5"]
+    assert lines[0].split() == ["step", "reward", "loss"]
+    assert lines[2].split() == ["step", "reward", "accuracy", "loss"]
+    assert lines[3].split() == ["3", "0.300", "0.750", "-0.5000"]
+    for part in (lines[:2], lines[2:]):
+        assert len(set(map(len, part))) == 1, "columns that do not stand under each other"
 
 
 def test_samples_are_shown_as_they_are(tmp_path, capsys):
