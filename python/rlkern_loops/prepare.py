@@ -20,7 +20,7 @@ from rlkern_loops.data import Example, fit_prompts, hold_out, load_examples, ren
 from rlkern_loops.errors import DataError
 from rlkern_loops.model import load_tokenizer, max_positions
 from rlkern_loops.rewardmodel import train_reward_model
-from rlkern_loops.rewards import Reward, load_reward
+from rlkern_loops.rewards import Reward, check_reward, load_reward
 from rlkern_loops.rollout import Completions, sample
 from rlkern_loops.tasks import Task, built_in
 from rlkern_loops.tiny import char_tokenizer, tiny_gpt2
@@ -100,6 +100,8 @@ def prepare(
     Raises:
         RunError: data, a model or a reward that cannot be loaded, or that do not fit together.
     """
+    for spec in filter(None, (config.reward, config.eval_reward)):
+        check_reward(spec)
     if config.dataset is None:
         return _built_in_setting(config, device, learned_reward, resumed)
     tokenizer = load_tokenizer(config.model)

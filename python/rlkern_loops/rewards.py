@@ -42,6 +42,31 @@ def load_reward(spec: str, *, device: str = "cpu") -> Reward:
             it raises, or returns the wrong number of values, something that is no number, or an
             infinite one. NaN passes through: `rlkern.group_advantages` leaves it out of its group.
     """
+    terms = [(weight, _load_one(name, device)) for weight, name in _terms(spec)]
+    if len(terms) == 1 and terms[0][0] == 1:
+        return terms[0][1]
+
+    def total(prompts, completions, answers, finished):
+        return sum(w * one(prompts, completions, answers, finished) for w, one in terms)
+
+    return total
+
+
+def check_reward(spec: str) -> None:
+    """Before anything long begins: that `load_reward` will not refuse `spec`.
+
+    Reward models are not looked for; they take long themselves.
+
+    Raises:
+        RewardError: as `load_reward`.
+    """
+    for _, name in _terms(spec):
+        if not name.startswith("model:"):
+            _load_one(name, "cpu")
+
+
+def _terms(spec: str) -> list[tuple[float, str]]:
+    """The weights and names of a sum."""
     terms = []
     # The folder of a reward model may have a + in its name.
     whole = spec.startswith("model:") and os.path.isdir(spec.removeprefix("model:"))
@@ -56,14 +81,8 @@ def load_reward(spec: str, *, device: str = "cpu") -> Reward:
                 f"reward: expected terms such as 'numeric' or '0.2*format_tags' joined by +, got "
                 f"{spec!r}"
             )
-        terms.append((weight, _load_one(name, device)))
-    if len(terms) == 1 and terms[0][0] == 1:
-        return terms[0][1]
-
-    def total(prompts, completions, answers, finished):
-        return sum(w * one(prompts, completions, answers, finished) for w, one in terms)
-
-    return total
+        terms.append((weight, name))
+    return terms
 
 
 def _load_one(name: str, device: str) -> Reward:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from rlkern_loops.errors import RewardError
-from rlkern_loops.rewards import load_reward, model_reward
+from rlkern_loops.rewards import check_reward, load_reward, model_reward
 from rlkern_loops.tiny import char_tokenizer, tiny_gpt2
 
 from rlkern import group_advantages
@@ -66,6 +66,15 @@ def test_a_verifier_and_a_weighted_sum():
 def test_a_reward_that_is_not_there_is_named(spec, message):
     with pytest.raises(RewardError, match=message):
         load_reward(spec)
+    if spec != "model:/nowhere":
+        with pytest.raises(RewardError, match=message):
+            check_reward(spec)
+
+
+def test_a_check_looks_for_no_model():
+    check_reward("numeric+0.5*model:/nowhere")
+    with pytest.raises(RewardError, match="no verifier 'numerc'"):
+        check_reward("model:/nowhere+numerc")
 
 
 def test_an_answer_that_the_rule_cannot_read_is_an_error():
