@@ -7,11 +7,13 @@
 #include "cuda/policy_loss.h"
 #include "cuda/policy_rows.h"
 #include "cuda/return_scan.h"
+#include "cuda/sum.h"
 #include "cuda/token_logprobs.h"
 #include "cuda/value_loss.h"
 #include "cuda/whiten.h"
 
 STABLE_TORCH_LIBRARY_IMPL(rlkern, CUDA, m) {
+  m.impl("add_widened_", TORCH_BOX(&rlkern::add_widened_cuda));
   m.impl("group_advantages", TORCH_BOX(&rlkern::group_advantages_cuda));
   m.impl("masked_moments", TORCH_BOX(&rlkern::masked_moments_cuda));
   m.impl("whiten", TORCH_BOX(&rlkern::whiten_cuda));

@@ -8,7 +8,9 @@ from rlkern._backend import use_backend  # noqa: E402
 from rlkern.losses import LossOutput, PolicyLoss, RolloutCorrection, ValueLoss  # noqa: E402
 from rlkern.metrics import Metrics  # noqa: E402
 from rlkern.ops.group_advantages import group_advantages  # noqa: E402
+from rlkern.ops.kl_divergence import kl_divergence  # noqa: E402
 from rlkern.ops.kl_penalty import kl_penalty  # noqa: E402
+from rlkern.ops.linear_kl_divergence import linear_kl_divergence  # noqa: E402
 from rlkern.ops.linear_token_logprobs import linear_token_logprobs  # noqa: E402
 from rlkern.ops.returns import GAE, VTrace, discounted_returns, gae, vtrace  # noqa: E402
 from rlkern.ops.token_logprobs import TokenLogprobs, token_logprobs  # noqa: E402
@@ -28,7 +30,9 @@ __all__ = [
     "discounted_returns",
     "gae",
     "group_advantages",
+    "kl_divergence",
     "kl_penalty",
+    "linear_kl_divergence",
     "linear_token_logprobs",
     "token_logprobs",
     "use_backend",

@@ -21,6 +21,13 @@ _POLICY_WHOLE = (
     "Tensor? offsets, Tensor? normalizer, Tensor? num_sequences, Tensor? entropy_normalizer, "
     "float[] options"
 )
+# divergence: a place in DIVERGENCES of reference/vocab_divergence.py. beta: of Jensen-Shannon.
+_VOCAB_DIVERGENCE = (
+    "Tensor? mask, Tensor? token_temperature, float temperature, float? softcap, int divergence, "
+    "float beta"
+)
+# Of a loss with the exact KL; kl_scale as in policy_loss_logits.
+_EXACT_KL = "Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, Tensor? kl_scale"
 _TOKEN_LOGPROBS_SAVED = "Tensor logprobs, Tensor entropy, Tensor state"
 
 SCHEMAS = {
@@ -28,6 +35,12 @@ SCHEMAS = {
     # log of the sum of exponentials relative to it.
     "token_logprobs": (
         f"(Tensor logits, {_TOKEN_LOGPROBS}, bool return_entropy) -> (Tensor, Tensor, Tensor)"
+    ),
+    # The same, and outputs [..., 3], without a gradient: the mean of the logits, the log of the sum
+    # of squared probabilities, and 1 where the token is the most probable one, the first of equals.
+    "token_logprobs_outputs": (
+        f"(Tensor logits, {_TOKEN_LOGPROBS}, bool return_entropy) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "token_logprobs_bwd": (
         f"(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, {_TOKEN_LOGPROBS}, "
@@ -37,6 +50,21 @@ SCHEMAS = {
     "token_logprobs_bwd_": (
         f"(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor(a!) logits, {_TOKEN_LOGPROBS}, "
         f"{_TOKEN_LOGPROBS_SAVED}) -> ()"
+    ),
+    # Of two distributions, logits and ref_logits [..., V] in one dtype. -> divergence [...], state
+    # [..., 6], see reference/vocab_divergence.py.
+    "vocab_divergence": (
+        f"(Tensor logits, Tensor ref_logits, {_VOCAB_DIVERGENCE}) -> (Tensor, Tensor)"
+    ),
+    # The gradient of logits.
+    "vocab_divergence_bwd": (
+        "(Tensor grad_value, Tensor logits, Tensor ref_logits, "
+        f"{_VOCAB_DIVERGENCE}, Tensor state) -> Tensor"
+    ),
+    # The same, written to grad, which may be logits or ref_logits.
+    "vocab_divergence_bwd_": (
+        "(Tensor grad_value, Tensor(a!) grad, Tensor logits, Tensor ref_logits, "
+        f"{_VOCAB_DIVERGENCE}, Tensor state) -> ()"
     ),
     # -> loss [], metrics [sums, maxima] in float64, the gradients with respect to logprobs and
     # entropy (or [0]), and what each is still to be multiplied by, [2]: one over the batch's
@@ -60,6 +88,8 @@ SCHEMAS = {
         f"(Tensor logits, Tensor(a!) grad, {_TOKEN_LOGPROBS}, {_POLICY_TOKENS}, "
         "bool return_entropy) -> (Tensor, Tensor, Tensor)"
     ),
+    # sum, in float32, += part, in any of the logits' dtypes; contiguous tensors of one size.
+    "add_widened_": "(Tensor(a!) sum, Tensor part) -> ()",
     # -> loss [], metrics in float64, the gradient (or [0]), and what it is still to be multiplied
     # by, [1].
     "value_loss": (
@@ -105,15 +135,19 @@ SCHEMAS = {
 # Operators in Python over the others, the same for all backends: which one serves the row pass
 # is an argument.
 COMPOSITES = {
-    # rows: of a chunk. -> logprobs [N], entropy [N] or [0], state [N, 2], as of token_logprobs.
+    # rows: of a chunk. wide: logits in float32, whatever the factors are. -> logprobs [N], entropy
+    # [N] or [0], state [N, 2], outputs [N, 3] or [0], as of token_logprobs_outputs.
     "linear_token_logprobs": (
         f"(Tensor hidden, Tensor weight, Tensor? bias, {_TOKEN_LOGPROBS}, bool return_entropy, "
-        "int rows, bool invariant, str backend) -> (Tensor, Tensor, Tensor)"
+        "bool outputs, int rows, bool invariant, bool wide, str backend) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
     ),
-    # A separable policy loss (policy_rows) with what its losses and metrics need beside it.
-    # -> loss [], metrics, and the gradient of the logits for an upstream of 1.
+    # A separable policy loss (policy_rows) with what its losses and metrics need beside it. With
+    # ref_logits the exact KL is one of them: kl_scale [...] multiplies a token's, None: it is only
+    # measured. -> loss [], metrics, and the gradient of the logits for an upstream of 1.
     "policy_loss_logits": (
-        f"(Tensor logits, {_TOKEN_LOGPROBS}, {_POLICY_TOKENS}, {_POLICY_WHOLE}, "
+        f"(Tensor logits, Tensor? ref_logits, Tensor? kl_scale, {_TOKEN_LOGPROBS}, "
+        f"{_POLICY_TOKENS}, {_POLICY_WHOLE}, "
         "bool return_entropy, str backend) -> (Tensor, Tensor, Tensor)"
     ),
     # x [..., V] times a number on its device, in place. A GPU's kernel leaves x alone where that is
@@ -122,24 +156,37 @@ COMPOSITES = {
     # active: where a token's gradient may differ from 0; others are left out of its products.
     # -> loss [], metrics, and the gradients of hidden, weight and bias, [0] where not needed.
     "policy_loss_hidden": (
-        f"(Tensor hidden, Tensor weight, Tensor? bias, {_TOKEN_LOGPROBS}, {_POLICY_TOKENS}, "
-        f"{_POLICY_WHOLE}, bool return_entropy, Tensor? active, bool metrics, int rows, "
-        "bool invariant, str backend, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        f"(Tensor hidden, Tensor weight, Tensor? bias, {_EXACT_KL}, {_TOKEN_LOGPROBS}, "
+        f"{_POLICY_TOKENS}, {_POLICY_WHOLE}, bool return_entropy, Tensor? active, bool metrics, "
+        "int rows, bool invariant, bool wide, str backend, bool[] needs) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     # The same of a loss that couples the tokens of a sequence. denominators [3], float64:
     # normalizer, num_sequences and entropy_normalizer of the whole batch, NaN where there is none.
     "policy_loss_sequences": (
-        f"(Tensor hidden, Tensor weight, Tensor? bias, {_TOKEN_LOGPROBS}, Tensor advantages, "
-        "Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_logprobs, "
+        f"(Tensor hidden, Tensor weight, Tensor? bias, {_EXACT_KL}, {_TOKEN_LOGPROBS}, "
+        "Tensor advantages, Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_logprobs, "
         "Tensor? token_weights, Tensor? entropy_mask, Tensor denominators, "
-        f"{_POLICY_WHOLE}, bool return_entropy, int rows, bool invariant, str backend, "
-        "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        f"{_POLICY_WHOLE}, bool return_entropy, int rows, bool invariant, bool wide, "
+        "str backend, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    # rows: of a chunk, of the policy's and of the reference's logits. -> divergence [N], state.
+    "linear_kl_divergence": (
+        "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, "
+        f"Tensor? ref_bias, {_VOCAB_DIVERGENCE}, int rows, bool invariant, bool wide, str backend) "
+        "-> (Tensor, Tensor)"
+    ),
+    # -> the gradients of hidden, weight and bias, [0] where it is not needed.
+    "linear_kl_divergence_bwd": (
+        "(Tensor grad_value, Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, "
+        f"Tensor ref_weight, Tensor? ref_bias, {_VOCAB_DIVERGENCE}, Tensor state, int rows, "
+        "bool invariant, bool wide, str backend, bool[] needs) -> (Tensor, Tensor, Tensor)"
     ),
     # -> the gradients of hidden, weight and bias, [0] where it is not needed.
     "linear_token_logprobs_bwd": (
         "(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, "
-        f"{_TOKEN_LOGPROBS}, {_TOKEN_LOGPROBS_SAVED}, int rows, bool invariant, str backend, "
-        "bool[] needs) -> (Tensor, Tensor, Tensor)"
+        f"{_TOKEN_LOGPROBS}, {_TOKEN_LOGPROBS_SAVED}, int rows, bool invariant, bool wide, "
+        "str backend, bool[] needs) -> (Tensor, Tensor, Tensor)"
     ),
 }
 
@@ -147,7 +194,12 @@ COMPOSITES = {
 SUFFIXES = {"native": "", "triton": "_triton", "eager": "_reference"}
 
 # Operators whose eager form is the definition itself, differentiated by autograd.
-WITHOUT_REFERENCE = tuple(op for op in SCHEMAS if not op.startswith("token_logprobs"))
+WITHOUT_REFERENCE = tuple(
+    op for op in SCHEMAS if not op.startswith(("token_logprobs", "vocab_divergence"))
+)
+
+# Elsewhere torch's own serves.
+NATIVE_ONLY = ("add_widened_",)
 
 LIBRARY = torch.library.Library("rlkern", "DEF")
 
@@ -161,6 +213,8 @@ def operator_name(op: str, backend: str) -> str:
 
 def backends(op: str) -> tuple[str, ...]:
     """The backends that have an operator of their own for it."""
+    if op in NATIVE_ONLY:
+        return ("native",)
     return tuple(b for b in SUFFIXES if b != "eager" or op not in WITHOUT_REFERENCE)
 
 

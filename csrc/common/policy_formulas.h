@@ -4,6 +4,7 @@
 // 0 * inf.
 #pragma once
 
+#include "elementary.h"
 #include "policy_options.h"
 
 namespace rlkern {
@@ -18,23 +19,6 @@ template <typename T>
 RLKERN_INLINE T clamped(T x, float low, float high) {  // a NaN stays
   x = x < low ? T{} + low : x;
   return x > high ? T{} + high : x;
-}
-
-template <typename T>
-RLKERN_INLINE T magnitude(T x) {
-  return x < 0.0f ? -x : x;
-}
-
-// expm1(x) - x without its cancellation: below 0.35 the series, whose first term left out is
-// 1e-7 of the sum.
-template <typename T>
-RLKERN_INLINE T expm1_less(T x, T expm1_x) {
-  T p = x * (1.0f / 5040.0f) + 1.0f / 720.0f;
-  p = x * p + 1.0f / 120.0f;
-  p = x * p + 1.0f / 24.0f;
-  p = x * p + 1.0f / 6.0f;
-  p = x * p + 0.5f;
-  return magnitude(x) < 0.35f ? x * x * p : expm1_x - x;
 }
 
 // ---- KL ---------------------------------------------------------------------------------------

@@ -12,6 +12,10 @@ namespace rlkern {
 // Elements below which a second thread costs more than it brings.
 constexpr int64_t kGrain = 16384;
 
+// The id of a token whose logit stands in another process's columns: its log-probability is NaN,
+// the rest of the row what it is.
+constexpr int64_t kElsewhere = -(int64_t{1} << 62);
+
 inline LogitType logit_type(const Tensor& logits) {
   switch (logits.scalar_type()) {
     case ScalarType::Float:
@@ -25,7 +29,8 @@ inline LogitType logit_type(const Tensor& logits) {
   }
 }
 
-// What forward and backward share: the logits' rows and the values that belong to each.
+// What forward and backward share: the logits' rows and the values that belong to each. Without
+// token ids a row's target is its first value.
 struct LogitRows {
   TokenGrid grid;
   LogitType type;
@@ -38,9 +43,9 @@ struct LogitRows {
   float inv_temperature;
   float softcap;
 
-  LogitRows(const Tensor& logits, const Tensor& token_ids, const std::optional<Tensor>& mask_,
-            const std::optional<Tensor>& token_temperature_, double temperature,
-            std::optional<double> softcap_)
+  LogitRows(const Tensor& logits, const std::optional<Tensor>& token_ids,
+            const std::optional<Tensor>& mask_, const std::optional<Tensor>& token_temperature_,
+            double temperature, std::optional<double> softcap_)
       : grid(token_grid(logits, token_dims(logits), "logits")),
         type(logit_type(logits)),
         element_size(type == LogitType::kFloat ? 4 : 2),
@@ -62,16 +67,18 @@ struct LogitRows {
   void* row_data(int64_t token) const { return data + grid.offset(token) * element_size; }
   LogitRow row(int64_t token) const {
     const float inv = token_temperature ? 1.0f / token_temperature[token] : inv_temperature;
-    return {row_data(token), vocab, ids[token], inv, softcap};
+    const int64_t id = ids ? ids[token] : 0;
+    return {row_data(token), vocab, id == kElsewhere ? -1 : id, inv, softcap};
   }
   int64_t grain() const { return kGrain / vocab + 1; }
 
   // Before anything is computed: an id read past its row would be a silent wrong number.
-  void check_values() const {
+  void check_values(bool or_elsewhere) const {
     for (int64_t i = 0; i < grid.size(); ++i) {
       if (!counts(i)) continue;
-      check(ids[i] >= 0 && ids[i] < vocab, "token_ids: expected values in [0, ", vocab, "), got ",
-            ids[i], " at token ", i);
+      const int64_t id = ids ? ids[i] : 0;
+      check((id >= 0 && id < vocab) || (or_elsewhere && id == kElsewhere),
+            "token_ids: expected values in [0, ", vocab, "), got ", id, " at token ", i);
       check(!token_temperature || token_temperature[i] > 0,
             "temperature: expected positive values, got ",
             token_temperature ? token_temperature[i] : 0.0f, " at token ", i);

@@ -60,7 +60,7 @@ class KeptRow {
 
 PolicyRowResults over_rows(const LogitRows& rows, const Tensor& logits, const TokenInputs& in,
                            const PolicyOptions& o, bool return_entropy, const Tensor& grad) {
-  rows.check_values();
+  rows.check_values(false);
   const TokenGrid out_grid = gradient_grid(grad, logits);
   const PolicyRowResults out = new_policy_row_results(logits, return_entropy);
   float* logp = static_cast<float*>(out.logprobs.data_ptr());

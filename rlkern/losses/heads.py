@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlkern.losses import exact_kl
 from rlkern.losses.calls import LossOutput
 from rlkern.losses.readers import POLICY_METRICS
 from rlkern.metrics import Metrics
 from rlkern.ops import _checks
-from rlkern.ops._head import MEMORY_BUDGET, checked_budget, checked_products, chunk_rows
+from rlkern.ops._head import checked_cut, checked_products
 from rlkern.ops._layout import Layout
 from rlkern.ops.policy_hidden import Head, policy_loss_hidden
 from rlkern.ops.policy_logits import policy_loss_logits
@@ -62,6 +64,7 @@ class PolicyHeads:
         softcap: float | None = None,
         entropy: bool = False,
         inplace: bool = False,
+        ref_logits: Tensor | None = None,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         **given: Any,
@@ -84,6 +87,8 @@ class PolicyHeads:
                 autograd is told, so that in eager another saved use of them, or a second backward,
                 raises. Inside torch.compile the out-of-place form runs. For next-token logits pass
                 the whole [B, T + 1, V] with one masked column.
+            ref_logits: of the reference, in the shape and dtype of logits, without gradient; needed
+                with kl_estimator "exact" and a kl_coef. Temperature and softcap are theirs too.
             mask, cu_seqlens: as in a call of this loss.
             **given: old_logprobs, ref_logprobs, rollout_logprobs, token_weights, entropy_mask,
                 normalizer, num_sequences and entropy_normalizer, as in a call of this loss.
@@ -99,11 +104,15 @@ class PolicyHeads:
         _checks.check_token_values(*rows[:3], tensor.shape[-1])
         measured = _wants_entropy(self, entropy)
         batch, denominators = _collected(layout, advantages, rows.mask, given)
-        self._check_call(_with_entropy(batch, measured), denominators)
+        ref = exact_kl.reference_logits(self, tensor, ref_logits, batch, denominators)
+        base = self._without_exact_kl
+        base._check_call(_with_entropy(batch, measured), denominators)
         loss, vector = policy_loss_logits(
-            self, tensor, rows, batch, denominators, measured, _flag(inplace, "inplace")
+            base, tensor, rows, batch, denominators, measured, _flag(inplace, "inplace"), ref
         )
-        return _output(self, loss, vector, batch, measured)
+        return _output(
+            self, loss, vector, batch.ref_logprobs is not None or ref is not None, measured
+        )
 
     def from_hidden(
         self: Any,
@@ -118,9 +127,13 @@ class PolicyHeads:
         logit_scale: float = 1.0,
         entropy: bool = False,
         metrics: bool = True,
-        memory_budget: int = MEMORY_BUDGET,
+        logits_dtype: torch.dtype | None = None,
+        memory_budget: int | None = None,
         batch_invariant: bool = False,
         compact: bool | None = None,
+        ref_hidden: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         **given: Any,
@@ -130,11 +143,13 @@ class PolicyHeads:
         The gradients are taken in the forward pass: per chunk of tokens one product for the logits,
         one for hidden's gradient and one for the weight's, the latter two only where they are
         needed. Only where a loss couples the tokens of a sequence (see from_logits), and one is
-        longer than a chunk, are its logits made twice.
+        longer than a chunk, are its logits made twice. kl_estimator "exact" makes the reference's
+        logits of the same chunk besides, and counts them in memory_budget.
 
         Args:
             hidden: [B, T, D], or [total, D] with cu_seqlens.
-            weight, bias, logit_scale, memory_budget, batch_invariant: as in linear_token_logprobs.
+            weight, bias, logit_scale, logits_dtype, memory_budget, batch_invariant: as in
+                linear_token_logprobs.
             token_ids, advantages, temperature, softcap, entropy, mask, cu_seqlens, **given: as in
                 from_logits.
             metrics: False leaves metrics out, and so the products of tokens that only they need.
@@ -142,6 +157,10 @@ class PolicyHeads:
                 those of zero advantage where neither a KL nor an entropy bonus asks for them (of
                 the gradient's products; with metrics=False of all). On a GPU that makes the host
                 wait once for a count. None: on a CPU only.
+            ref_hidden, ref_weight, ref_bias: of the reference: [B, T, D'] or [total, D'], whose
+                hidden size may be another, [V, D'] and [V], without gradient; needed with
+                kl_estimator "exact" and a kl_coef. logit_scale, softcap and temperature are theirs
+                too.
 
         Returns, Raises:
             As a call of this loss, and what linear_token_logprobs raises. With metrics=False the
@@ -158,15 +177,23 @@ class PolicyHeads:
             scale, rows.temperature, rows.token_temperature, rows.softcap
         )
         rows = RowArguments(rows.token_ids, rows.mask, per_token, number, cap)
-        count = chunk_rows(w.shape[0], h.element_size(), checked_budget(memory_budget))
-        head = Head(h, w, b, count, _flag(batch_invariant, "batch_invariant"))
+        models = 1 if ref_hidden is None else 2
+        cut = checked_cut(h, w, memory_budget, batch_invariant, logits_dtype, models)
+        head = Head(h, w, b, cut)
         if compact is None:
             compact = h.device.type == "cpu"
         measured = _wants_entropy(self, entropy)
         batch, denominators = _collected(layout, advantages, rows.mask, given)
-        self._check_call(_with_entropy(batch, measured), denominators)
+        ref = exact_kl.reference_head(
+            self, h, w, (ref_hidden, ref_weight, ref_bias), batch, denominators
+        )
+        has_ref = batch.ref_logprobs is not None or ref is not None
+        if ref is not None and ref.scale is None and not metrics:
+            ref = None  # it would be measured for nobody
+        base = self._without_exact_kl
+        base._check_call(_with_entropy(batch, measured), denominators)
         loss, vector = policy_loss_hidden(
-            self,
+            base,
             head,
             rows,
             batch,
@@ -174,10 +201,11 @@ class PolicyHeads:
             measured,
             _flag(metrics, "metrics"),
             _flag(compact, "compact"),
+            ref,
         )
         if not metrics:
             return LossOutput(loss, None)  # type: ignore[arg-type]
-        return _output(self, loss, vector, batch, measured)
+        return _output(self, loss, vector, has_ref, measured)
 
 
 def _flag(value: object, name: str) -> bool:
@@ -210,8 +238,10 @@ def _collected(
 ) -> tuple[Batch, Denominators]:
     """What a call of the loss takes, checked; in the place of the log-probabilities stands a tensor
     of their shape that takes no memory."""
-    for name in given.keys() - set(_GIVEN):
-        _checks.one_of(name, _GIVEN, "argument")
+    for name in sorted(given.keys() - set(_GIVEN)):
+        near = difflib.get_close_matches(name, _GIVEN, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"unexpected keyword argument {name!r}{hint}")
     batch = Batch(
         torch.empty((), dtype=layout.dtype, device=layout.device).expand(layout.shape),
         layout.per_sequence_or_token(advantages, "advantages"),
@@ -233,9 +263,9 @@ def _collected(
 
 
 def _output(
-    loss: Any, value: Tensor, vector: Tensor, batch: Batch, has_entropy: bool
+    loss: Any, value: Tensor, vector: Tensor, has_ref: bool, has_entropy: bool
 ) -> LossOutput:
-    names = loss._names[batch.ref_logprobs is not None, has_entropy]
+    names = loss._names[has_ref, has_entropy]
     return LossOutput(value, Metrics(vector, POLICY_METRICS, names))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rlkern.losses import exact_kl
 from rlkern.losses.calls import LossOutput, check_denominators, check_skip_empty, missing, unused
 from rlkern.losses.heads import PolicyHeads
 from rlkern.losses.presets import PRESETS
@@ -104,8 +105,11 @@ class PolicyLoss(PolicyHeads):
         ratio_cap: upper bound of r in the unclipped branch (clip: TRL's delta; dppo).
         log_ratio_clamp: bound of |d| at level "token" and in vespo; None leaves it out.
         kl_coef, kl_estimator, kl_clamp: weight, estimator (see kl_penalty), bounds (None, "verl",
-            "openrlhf") of the KL to the reference.
-        kl_ratio_weighted: the KL is multiplied by r, with gradient (TRL's bias correction).
+            "openrlhf") of the KL to the reference. kl_estimator "exact": KL(policy || reference)
+            over the whole vocabulary (see kl_divergence), from from_logits and from_hidden alone,
+            which then take the reference's logits or hidden states; without bounds.
+        kl_ratio_weighted: the KL is multiplied by r, with gradient (TRL's bias correction); not
+            the exact one.
         entropy_coef: weight of the entropy bonus.
         entropy_aggregation: "token_mean", or "same" as the policy term's.
         aggregation: one of AGGREGATIONS; seq_mean_token_sum_norm needs a normalizer in the call.
@@ -149,7 +153,7 @@ class PolicyLoss(PolicyHeads):
     def __post_init__(self) -> None:
         _checks.one_of(self.surrogate, SURROGATES, "surrogate")
         _checks.one_of(self.ratio_level, RATIO_LEVELS, "ratio_level")
-        _checks.one_of(self.kl_estimator, kl.ESTIMATORS, "kl_estimator")
+        _checks.one_of(self.kl_estimator, (*kl.ESTIMATORS, exact_kl.EXACT), "kl_estimator")
         if self.kl_clamp is not None:
             _checks.one_of(self.kl_clamp, kl.CLAMPS, "kl_clamp")
         _checks.one_of(self.aggregation, AGGREGATIONS, "aggregation")
@@ -171,7 +175,7 @@ class PolicyLoss(PolicyHeads):
         self._check_ranges()
         self._check_contradictions()
         # Filled now, so that torch.compile finds plain attributes.
-        _ = self._numbers, self._names
+        _ = self._without_exact_kl, self._numbers, self._names
 
     def _take_defaults(self) -> None:
         defaults = _DEFAULTS[self.surrogate]
@@ -220,6 +224,7 @@ class PolicyLoss(PolicyHeads):
                 f"loss per sequence, got {self.aggregation!r}"
             )
         check_skip_empty(self)
+        exact_kl.check_options(self)
         if self.kl_clamp == "verl" and not self.kl_estimator.startswith("k3"):
             raise ValueError(
                 "kl_clamp: expected None or 'openrlhf' with kl_estimator "
@@ -242,9 +247,16 @@ class PolicyLoss(PolicyHeads):
 
     # What every call needs again.
     @cached_property
+    def _without_exact_kl(self) -> PolicyLoss:
+        """What log-probabilities give of the loss: the exact KL is a term beside it."""
+        if self.kl_estimator != exact_kl.EXACT:
+            return self
+        return replace(self, kl_coef=0.0, kl_estimator="k3")
+
+    @cached_property
     def _numbers(self) -> tuple[float, ...]:
         """The fields as the operator takes them."""
-        return numbers(self)
+        return numbers(self._without_exact_kl)
 
     @cached_property
     def _names(self) -> dict[tuple[bool, bool], tuple[str, ...]]:
@@ -325,6 +337,7 @@ class PolicyLoss(PolicyHeads):
                 objective needs and that is missing, or that it does not use.
             RuntimeError: a backend was asked for that cannot serve the call.
         """
+        exact_kl.refuse_call(self)
         layout = _layout.Layout("logprobs", logprobs, cu_seqlens)
         batch = definition.Batch(
             layout.values,

@@ -16,13 +16,18 @@ from torch import Tensor
 
 from rlkern import _backend
 from rlkern.ops import _register, policy_rows
-from rlkern.ops._head import Chunk, GradientSum, Logits, chunks
+from rlkern.ops._exact_kl import ChunkedKl, ReferenceHead, divergence_arguments, with_kl
+from rlkern.ops._head import Chunk, Cut, HeadGradients, Logits, chunks
+from rlkern.ops.linear_kl_divergence import head_divergence
 from rlkern.ops.linear_token_logprobs import head_logprobs
 from rlkern.ops.policy_logits import WholeArguments, loss_and_metrics, whole_arguments
 from rlkern.ops.policy_loss import METRICS, policy_loss
 from rlkern.ops.policy_rows import RowArguments, TokenArguments
 from rlkern.reference import policy_loss as definition
 from rlkern.reference.aggregation import Denominators
+
+# One row in so many is too few to be worth moving others.
+_FEW = 16
 
 
 class Head(NamedTuple):
@@ -31,8 +36,7 @@ class Head(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    rows: int
-    invariant: bool
+    cut: Cut
 
 
 class SequenceArguments(NamedTuple):
@@ -56,16 +60,24 @@ def policy_loss_hidden(
     return_entropy: bool,
     metrics: bool,
     compact: bool,
+    reference: ReferenceHead | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss and the metrics' vector. `batch` has a stand-in of the right shape for logprobs."""
     hidden, weight, bias = head[:3]
     backend = _backend.choose("policy_loss", hidden.device.type, hidden.dtype)
     needs = [factor is not None and factor.requires_grad for factor in (hidden, weight, bias)]
     if backend == "eager" or not torch.is_grad_enabled() or not any(needs):
-        logprobs, entropy = head_logprobs(*head, rows, return_entropy)
-        return policy_loss(loss, batch._replace(logprobs=logprobs, entropy=entropy), given)
+        logprobs, entropy, _ = head_logprobs(*head, rows, return_entropy)
+        value, vector = policy_loss(loss, batch._replace(logprobs=logprobs, entropy=entropy), given)
+        if reference is None:
+            return value, vector
+        kl = head_divergence(
+            *head[:3], reference[:3], head.cut, divergence_arguments(rows), backend
+        )
+        return with_kl(value, vector, kl, reference.scale)
+    of_kl = reference or (None,) * 4
     whole = whole_arguments(loss, batch, given)
-    cut = (head.rows, head.invariant, backend, needs)
+    cut = (*head.cut, backend, needs)
     if not policy_rows.is_separable(loss):
         of_sequences = SequenceArguments(
             batch.advantages,
@@ -77,15 +89,16 @@ def policy_loss_hidden(
             policy_rows.whole_denominators(loss, batch, given),
         )
         value, vector, *_ = torch.ops.rlkern.policy_loss_sequences(
-            hidden, weight, bias, *rows, *of_sequences, *whole, return_entropy, *cut
+            hidden, weight, bias, *of_kl, *rows, *of_sequences, *whole, return_entropy, *cut
         )
         return value, vector
     tokens = policy_rows.token_arguments(loss, batch, given)
     active = None
-    if compact and not loss.kl_coef and not loss.entropy_coef:
+    no_kl = not loss.kl_coef and (reference is None or reference.scale is None)
+    if compact and no_kl and not loss.entropy_coef:
         active = tokens.advantages != 0
     value, vector, *_ = torch.ops.rlkern.policy_loss_hidden(
-        hidden, weight, bias, *rows, *tokens, *whole, return_entropy, active, metrics, *cut
+        hidden, weight, bias, *of_kl, *rows, *tokens, *whole, return_entropy, active, metrics, *cut
     )
     return value, vector
 
@@ -97,17 +110,24 @@ class _Pass:
     """One call's results, filled chunk by chunk; all that has one value per token is flat."""
 
     def __init__(
-        self, head: Head, rows: RowArguments, return_entropy: bool, backend: str, needs: list[bool]
+        self,
+        head: Head,
+        reference: tuple[Any, ...],
+        rows: RowArguments,
+        return_entropy: bool,
+        backend: str,
+        needs: list[bool],
     ) -> None:
         self.head, self.rows, self.backend = head, rows, backend
         self.return_entropy = return_entropy
         self.logits = Logits(*head)
+        self.kl = None
+        if reference[0] is not None:
+            self.kl = ChunkedKl(ReferenceHead(*reference), rows, head.cut, backend)
         hidden, total = head.hidden, head.hidden.shape[0]
         self.logprobs = hidden.new_zeros(total, dtype=torch.float32)
         self.entropy = hidden.new_zeros(total if return_entropy else 0, dtype=torch.float32)
-        self.grad_hidden = torch.zeros_like(hidden) if needs[0] else None
-        self.of_weight = GradientSum(head.weight) if needs[1] else None
-        self.of_bias = GradientSum(head.bias) if needs[2] and head.bias is not None else None
+        self.grads = HeadGradients(*head, backend, needs)
 
     def look(self, chunk: Chunk, z: Tensor) -> Tensor:
         """Log-probabilities and entropy; returns the row pass's state."""
@@ -116,6 +136,10 @@ class _Pass:
         )
         self.keep(chunk, logprobs, entropy)
         return state
+
+    def gradient_of_kl(self, chunk: Chunk, z: Tensor) -> Tensor | None:
+        """From the logits, while they still stand there; none where there is no such term."""
+        return None if self.kl is None else self.kl.gradient(chunk, z)
 
     def keep(self, chunk: Chunk, logprobs: Tensor, entropy: Tensor) -> None:
         self.logprobs[chunk.rows] = logprobs
@@ -127,40 +151,46 @@ class _Pass:
         assert ids is not None
         return RowArguments(ids, mask, temperature, self.rows.temperature, self.rows.softcap)
 
-    def multiply(self, chunk: Chunk, h: Tensor, z: Tensor) -> None:
-        """The gradients, from that of the logits, which has taken their place."""
-        z[chunk.count :] = 0
-        grads = z[: chunk.count]
-        if self.grad_hidden is not None:
-            self.grad_hidden[chunk.rows] = torch.mm(z, self.head.weight)[: chunk.count]
-        if self.of_weight is not None:
-            self.of_weight.add_product(grads, h[: chunk.count])
-        if self.of_bias is not None:
-            self.of_bias.add(grads)
+    def multiply(self, chunk: Chunk, h: Tensor, z: Tensor, of_kl: Tensor | None) -> None:
+        """The gradients, from that of the logits, which has taken their place, and the KL's."""
+        if of_kl is not None:
+            z[: chunk.count] += of_kl
+        self.grads.add(chunk, h, z)
+
+    def loss(
+        self, shape: torch.Size, mask: Tensor | None, given: tuple[Any, ...], whole: WholeArguments
+    ) -> tuple[Tensor, Tensor]:
+        """Of all tokens, and the metrics."""
+        entropy = self.entropy.view(shape) if self.return_entropy else None
+        value, vector = loss_and_metrics(
+            self.backend, self.logprobs.view(shape), entropy, mask, given, whole
+        )
+        if self.kl is None:
+            return value, vector
+        return with_kl(value, vector, self.kl.value, self.kl.scale)
 
     def gradients(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
-        like = self.head.hidden
-        return (
-            like.new_empty(0) if self.grad_hidden is None else self.grad_hidden.view(shape),
-            like.new_empty(0) if self.of_weight is None else self.of_weight.result(),
-            like.new_empty(0) if self.of_bias is None else self.of_bias.result(),
-        )
+        of_hidden, of_weight, of_bias = self.grads.results()
+        if self.grads.of_hidden is not None:
+            of_hidden = of_hidden.view(shape)
+        return of_hidden, of_weight, of_bias
 
 
-def _flat_head(hidden: Tensor, *rest: Any) -> Head:
-    return Head(hidden.reshape(-1, hidden.shape[-1]), *rest)
+def _flat_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *cut: Any) -> Head:
+    return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, Cut(*cut))
 
 
 # ---- losses that are separable by token ----------------------------------------------------------
 
 
-def _by_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Any:
+def _by_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+    reference, args = rest[:4], rest[4:]
     rows, tokens = RowArguments(*args[:5]), TokenArguments(*args[5:13])
     whole = WholeArguments(*args[13:18])
-    return_entropy, active, metrics, count, invariant, backend, needs = args[18:]
+    return_entropy, active, metrics, count, invariant, wide, backend, needs = args[18:]
     shape = hidden.shape[:-1]
-    head = _flat_head(hidden, weight, bias, count, invariant)
-    done = _Pass(head, rows.flat(), return_entropy, backend, needs)
+    head = _flat_head(hidden, weight, bias, count, invariant, wide)
+    done = _Pass(head, reference, rows.flat(), return_entropy, backend, needs)
     flat = tokens.flat()
     total, mask = head.hidden.shape[0], done.rows.mask
     learns = mask
@@ -169,11 +199,15 @@ def _by_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) 
         learns = active if mask is None else active & mask
         if metrics:
             for chunk in chunks(total, ~active if mask is None else mask & ~active, count):
-                done.look(chunk, done.logits.of(chunk)[1])
+                z = done.logits.of(chunk)[1]
+                done.look(chunk, z)
+                if done.kl is not None:
+                    done.kl.look(chunk, z)
     for chunk in chunks(total, learns, count):
         h, z = done.logits.of(chunk)
         grads = z[: chunk.count]
-        logprobs, entropy, _ = policy_rows.run(
+        of_kl = done.gradient_of_kl(chunk, z)
+        logprobs, entropy, upstream = policy_rows.run(
             backend,
             grads,
             grads,
@@ -182,12 +216,30 @@ def _by_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) 
             return_entropy,
         )
         done.keep(chunk, logprobs, entropy)
-        done.multiply(chunk, h, z)
-    kept = done.entropy.view(shape) if return_entropy else None
-    value, vector = loss_and_metrics(
-        backend, done.logprobs.view(shape), kept, rows.mask, tokens[:6], whole
-    )
-    return value, vector, *done.gradients(hidden.shape)
+        if active is not None and not invariant and z.device.type == "cpu":
+            chunk, h, z = _moved_together(chunk, h, z, upstream.any(-1))
+        done.multiply(chunk, h, z, of_kl)
+    return *done.loss(shape, rows.mask, tokens[:6], whole), *done.gradients(hidden.shape)
+
+
+def _moved_together(
+    chunk: Chunk, h: Tensor, grads: Tensor, moves: Tensor
+) -> tuple[Chunk, Tensor, Tensor]:
+    """Leaves rows whose gradient is 0 (clipped ones) out of the products to come: those behind move
+    into their places, without memory for a second copy."""
+    count = int(moves.sum())
+    # A row that moves costs two passes over it, one that is left out saves two products.
+    if (len(moves) - count) * _FEW < len(moves):
+        return chunk, h, grads
+    holes = (~moves[:count]).nonzero().squeeze(1)
+    behind = moves[count:].nonzero().squeeze(1) + count
+    for to, origin in zip(holes.tolist(), behind.tolist(), strict=True):
+        grads[to].copy_(grads[origin])
+    order = torch.arange(count)
+    order[holes] = behind
+    rows = chunk.rows
+    places = order + rows.start if isinstance(rows, slice) else rows[order]
+    return Chunk(places, count), h[order], grads[:count]
 
 
 # ---- losses that couple the tokens of a sequence -------------------------------------------------
@@ -226,13 +278,14 @@ def _runs(shape: torch.Size, offsets: Tensor | None, rows: int) -> Iterator[_Run
         first = last
 
 
-def _by_sequences(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Any:
+def _by_sequences(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+    reference, args = rest[:4], rest[4:]
     rows, given = RowArguments(*args[:5]), SequenceArguments(*args[5:12])
     whole = WholeArguments(*args[12:17])
-    return_entropy, count, invariant, backend, needs = args[17:]
+    return_entropy, count, invariant, wide, backend, needs = args[17:]
     shape = hidden.shape[:-1]
-    head = _flat_head(hidden, weight, bias, count, invariant)
-    done = _Pass(head, rows.flat(), return_entropy, backend, needs)
+    head = _flat_head(hidden, weight, bias, count, invariant, wide)
+    done = _Pass(head, reference, rows.flat(), return_entropy, backend, needs)
     for run in _runs(shape, whole.offsets, count):
         parts = list(chunks(head.hidden.shape[0], done.rows.mask, count, run.begin, run.end))
         held, states = None, []
@@ -242,17 +295,14 @@ def _by_sequences(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: An
         g, e = _upstream(done, run, shape, rows.mask, given, whole, backend)
         for chunk, state in zip(parts, states, strict=True):
             h, z = held if len(parts) == 1 and held is not None else done.logits.of(chunk)
+            of_kl = done.gradient_of_kl(chunk, z)
             _register.overload("token_logprobs_bwd_", backend)(
                 chunk.of(g), chunk.of(e), z[: chunk.count], *done.of_rows(chunk),
                 chunk.of(done.logprobs),
                 chunk.of(done.entropy) if return_entropy else done.entropy, state,
             )  # fmt: skip
-            done.multiply(chunk, h, z)
-    entropy = done.entropy.view(shape) if return_entropy else None
-    value, vector = loss_and_metrics(
-        backend, done.logprobs.view(shape), entropy, rows.mask, given[:6], whole
-    )
-    return value, vector, *done.gradients(hidden.shape)
+            done.multiply(chunk, h, z, of_kl)
+    return *done.loss(shape, rows.mask, given[:6], whole), *done.gradients(hidden.shape)
 
 
 def _upstream(

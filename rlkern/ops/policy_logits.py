@@ -15,6 +15,8 @@ from torch import Tensor
 
 from rlkern import _backend
 from rlkern.ops import _register, policy_rows
+from rlkern.ops._exact_kl import ReferenceLogits, with_kl
+from rlkern.ops._logits_kl import in_steps, rows_with_kl
 from rlkern.ops.policy_loss import METRICS, options, policy_loss
 from rlkern.ops.policy_rows import RowArguments, TokenArguments
 from rlkern.ops.token_logprobs import require_writable, token_logprobs
@@ -67,6 +69,7 @@ def policy_loss_logits(
     given: Denominators,
     return_entropy: bool,
     inplace: bool,
+    reference: ReferenceLogits | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss and the metrics' vector. `batch` has a stand-in of the right shape for logprobs."""
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
@@ -75,6 +78,10 @@ def policy_loss_logits(
         require_writable(logits, "inplace=True")
     backend = _backend.choose("policy_loss", logits.device.type, logits.dtype)
     if backend == "eager" or not needs_grad or not policy_rows.is_separable(loss):
+        if reference is not None:
+            return in_steps(
+                loss, logits, rows, batch, given, return_entropy, inplace, reference, backend
+            )
         number, per_token = rows.temperature, rows.token_temperature
         out = token_logprobs(
             logits,
@@ -97,9 +104,9 @@ def policy_loss_logits(
     tokens = policy_rows.token_arguments(loss, batch, given)
     whole = whole_arguments(loss, batch, given)
     if inplace and not torch.compiler.is_compiling():
-        return _Inplace.apply(logits, rows, tokens, whole, return_entropy, backend)
+        return _Inplace.apply(logits, reference, rows, tokens, whole, return_entropy, backend)
     value, vector, _ = torch.ops.rlkern.policy_loss_logits(
-        logits, *rows, *tokens, *whole, return_entropy, backend
+        logits, *(reference or (None, None)), *rows, *tokens, *whole, return_entropy, backend
     )
     return value, vector
 
@@ -107,15 +114,25 @@ def policy_loss_logits(
 def _into(
     grad: Tensor,
     logits: Tensor,
+    reference: ReferenceLogits | None,
     rows: RowArguments,
     tokens: TokenArguments,
     whole: WholeArguments,
     return_entropy: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    logprobs, entropy, _ = policy_rows.run(backend, logits, grad, rows, tokens, return_entropy)
+    kl = None
+    if reference is None:
+        logprobs, entropy, _ = policy_rows.run(backend, logits, grad, rows, tokens, return_entropy)
+    else:
+        logprobs, entropy, kl = rows_with_kl(
+            backend, logits, grad, reference, rows, tokens, return_entropy
+        )
     kept = entropy if return_entropy else None
-    return loss_and_metrics(backend, logprobs, kept, rows.mask, tokens[:6], whole)
+    value, vector = loss_and_metrics(backend, logprobs, kept, rows.mask, tokens[:6], whole)
+    if reference is None or kl is None:
+        return value, vector
+    return with_kl(value, vector, kl, reference.scale)
 
 
 class _Inplace(torch.autograd.Function):
@@ -148,16 +165,18 @@ class _Inplace(torch.autograd.Function):
         (grad,) = ctx.saved_tensors
         if ctx.backend != "native" or grad.device.type != "cpu" or grads[0].item() != 1:
             torch.ops.rlkern.scale_(grad, grads[0])
-        return grad, *[None] * 5
+        return grad, *[None] * 6
 
 
 # ---- the operator ------------------------------------------------------------------------------
 
 
-def _forward(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(logits: Tensor, ref_logits: Any, kl_scale: Any, *args: Any) -> Any:
+    reference = None if ref_logits is None else ReferenceLogits(ref_logits, kl_scale)
     rows, tokens = RowArguments(*args[:5]), TokenArguments(*args[5:13])
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    value, vector = _into(grad, logits, rows, tokens, WholeArguments(*args[13:18]), *args[18:])
+    whole = WholeArguments(*args[13:18])
+    value, vector = _into(grad, logits, reference, rows, tokens, whole, *args[18:])
     return value, vector, grad
 
 

@@ -135,6 +135,13 @@ def token_arguments(loss: Any, batch: definition.Batch, given: Denominators) -> 
     )
 
 
+def kl_scale(coefficient: float, loss: Any, batch: definition.Batch, given: Denominators) -> Tensor:
+    """What the aggregation and the KL's coefficient multiply each token's KL by."""
+    sequences, own, _ = _whole(loss, batch, given)
+    scale = coefficient * sequences.spread(token_weight(loss, sequences) / own)
+    return scale.to(batch.advantages.dtype)
+
+
 def run(
     backend: str,
     logits: Tensor,

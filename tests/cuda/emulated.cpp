@@ -7,6 +7,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cuda/sum.cuh"
 #include "cuda/token_logprobs.cuh"
 #include "emulated_logits.h"
 
@@ -89,6 +90,21 @@ void backward(const Logits& logits, const Span& grad_logprobs, const Span& grad_
   });
 }
 
+void add_widened_to(const std::string& dtype, uintptr_t sum, uintptr_t part, int64_t size,
+                    int64_t max_blocks) {
+  py::gil_scoped_release release;
+  with_type(dtype, [&](auto type) {
+    using Type = decltype(type);
+    const SumArgs<Type> args = {size, reinterpret_cast<float*>(sum),
+                                reinterpret_cast<const typename Type::Scalar*>(part),
+                                (sum | part) % 16 == 0};
+    const int64_t values = sum_block_values<Type>();
+    for_grids((size + values - 1) / values, max_blocks, [&](unsigned blocks, int64_t first) {
+      shim_launch(blocks, kSumThreads, [&] { add_widened<Type>(args, first); });
+    });
+  });
+}
+
 // Every value of a 16-bit type there and back, and the rounding of a float.
 template <typename Type>
 uint32_t round_float(float x) {
@@ -105,6 +121,7 @@ PYBIND11_MODULE(_emulated, m) {
   bind_logits(m);
   m.def("forward", &forward);
   m.def("backward", &backward);
+  m.def("add_widened", &add_widened_to);
   m.def("plan", [](int64_t vocab, int lanes) {
     const RowPlan plan = plan_rows(vocab, lanes);
     return std::make_tuple(plan.slices, plan.vectors_per_slice, plan.threads);

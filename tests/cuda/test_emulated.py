@@ -17,6 +17,8 @@ from logit_checks import (
     upstream,
 )
 
+from rlkern.ops._checks import ELSEWHERE
+
 
 def check(emulated, inputs, entropy=True, inplace=True):
     """Forward and both backwards of one set of inputs; returns all results."""
@@ -239,6 +241,20 @@ def test_an_id_outside_gives_nan_in_its_row(emulated, offence, vocab):
     logprobs = emulated.forward(*inputs.args())[0]
     assert logprobs[1].isnan() and gradient[1].isnan().all()
     assert logprobs[::2].isfinite().all() and gradient[::2].isfinite().all()
+
+
+@pytest.mark.parametrize("vocab", [20, 40000])
+def test_a_token_of_other_columns_leaves_the_gradient_of_the_others(emulated, vocab):
+    """As of a vocabulary spread over processes: the log-probability comes from elsewhere."""
+    inputs = random_inputs(torch.bfloat16, (3,), vocab, softcap=8.0)
+    inputs.ids[1] = ELSEWHERE
+    logprobs, entropy, state = emulated.forward(*inputs.args())
+    assert logprobs.isnan().tolist() == [False, True, False]
+    results = (logprobs.nan_to_num(-1.5), entropy, state)
+    g, h = upstream((3,))
+    gradient = emulated.backward(g, h, *inputs.args(), *results)
+    check_backward(inputs, g, h, results, gradient)
+    assert gradient[1].isfinite().all()
 
 
 # ---- extreme values ---------------------------------------------------------------------------

@@ -29,6 +29,7 @@ OCCUPANCY = {
     "return_scan_backward": (256, 4),
     "group_segments": (1024, 1),
     "group_ids": (1024, 1),
+    "add_widened": (256, 4),
     "moments_of_blocks": (256, 4),
     "moments_finish": (1024, 1),
     "whiten_values": (256, 4),

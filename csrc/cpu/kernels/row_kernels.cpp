@@ -6,12 +6,11 @@
 
 #include "row_kernels.h"
 
-#include "simd.h"
+#include "row_values.h"
 
 namespace rlkern {
 namespace {
 
-constexpr float kLog2e = 1.4426950408889634f;
 // 4 KiB of floats: small beside a 32 KiB first-level cache, long enough to hide its reductions.
 constexpr long long kBlock = kRowBlock;
 // Independent sums hide the latency of an addition, and keep rounding errors apart.
@@ -20,42 +19,6 @@ constexpr long long kStep = kSums * kLanes;
 // Elements between what the backward pass works on and what it asks memory for.
 constexpr long long kAhead = 1024;
 static_assert(kBlock % kStep == 0, "a block is a whole number of unrolled steps");
-
-// y = c * tanh(x / c) and its derivative. With e = exp(-2 |u|): tanh |u| = (1 - e) / (1 + e) and
-// 1 - tanh^2 = 4 e / (1 + e)^2, neither of which cancels.
-struct Cap {
-  float cap;
-  Exp2Scale scale;
-  explicit __attribute__((always_inline)) Cap(float softcap)
-      : cap(softcap), scale(softcap > 0 ? 2 * kLog2e / softcap : 1.0f) {}
-
-  __attribute__((always_inline)) Exp2 exp_of(vfloat x) const {
-    return exp2_scaled<true>((vfloat)((vuint)x | 0x80000000u), scale);
-  }
-  __attribute__((always_inline)) vfloat value(vfloat x) const {
-    const vfloat minus = exp_of(x).minus_one();
-    const vfloat magnitude = cap * (-minus / (minus + 2.0f));
-    return (vfloat)((vuint)magnitude | ((vuint)x & 0x80000000u));
-  }
-  __attribute__((always_inline)) vfloat derivative(vfloat x) const {
-    const vfloat e = exp_of(x).value();
-    return 4.0f * e / ((1.0f + e) * (1.0f + e));
-  }
-};
-
-template <typename Type>
-RLKERN_INLINE vfloat load_partial(const typename Type::Scalar* x, long long count) {
-  typename Type::Scalar padded[kLanes] = {};
-  __builtin_memcpy(padded, x, count * sizeof(typename Type::Scalar));
-  return Type::load(padded);
-}
-
-template <typename Type>
-RLKERN_INLINE void store_partial(typename Type::Scalar* x, vfloat v, long long count) {
-  typename Type::Scalar padded[kLanes];
-  Type::store(padded, v);
-  __builtin_memcpy(x, padded, count * sizeof(typename Type::Scalar));
-}
 
 template <typename Type, bool kCapped>
 RLKERN_INLINE float value_at(const typename Type::Scalar* x, long long j, const Cap& cap) {
@@ -130,7 +93,7 @@ void forward_row(const LogitRow& row, const RowKept& kept, RowForward* out) {
   const double inv_temperature = row.inv_temperature;
   alignas(64) float values[kBlock];
 
-  const float target = value_at<Type, kCapped>(x, row.target, cap);
+  const float target = row.target < 0 ? -kInf : value_at<Type, kCapped>(x, row.target, cap);
   float max = target;
   SoftmaxState<double> state{0, 0, 0};  // its maximum stands in `max`: sums in units of y - max
   for (long long begin = 0; begin < row.size; begin += kBlock) {
@@ -185,8 +148,43 @@ void forward_keeping(const LogitRow& row, bool entropy, const RowKept& kept, Row
   forward_as_asked<Type, true>(row, entropy, kept, out);
 }
 
-// A NaN without a payload, which survives the rounding to bfloat16 as NaN.
-RLKERN_INLINE float plain_nan(float x) { return x != x ? __builtin_nanf("") : x; }
+template <typename Type, bool kCapped>
+void outputs_row(const LogitRow& row, float max, RowOutputs* out) {
+  const auto* x = static_cast<const typename Type::Scalar*>(row.x);
+  const Cap cap(row.softcap);
+  const Exp2Scale scale(2 * kLog2e * row.inv_temperature);
+  const float base = max == -kInf ? 0.0f : max;
+  alignas(64) float values[kBlock];
+  *out = {0, 0, false};
+  for (long long begin = 0; begin < row.size; begin += kBlock) {
+    const long long count = row.size - begin < kBlock ? row.size - begin : kBlock;
+    load_block<Type, kCapped>(x + begin, count, cap, values);
+    vfloat sum[kSums] = {}, squares[kSums] = {};
+    long long j = 0;
+    for (; j + kStep <= count; j += kStep) {
+      for (int s = 0; s < kSums; ++s) {
+        const vfloat v = FloatType::load(values + j + s * kLanes);
+        sum[s] += v;
+        squares[s] += exp2_scaled(v - base, scale).value();
+      }
+    }
+    out->sum += reduce_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    // The block is padded with -inf, which has no square and would be the sum.
+    for (long long i = j; i < count; ++i) out->sum += values[i];
+    for (; j < count; j += kLanes) {
+      squares[0] += exp2_scaled(FloatType::load(values + j) - base, scale).value();
+    }
+    out->squares += reduce_sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    const long long before = row.target - begin < count ? row.target - begin : count;
+    for (long long i = 0; i < before; ++i) out->earlier |= values[i] == max;
+  }
+}
+
+template <typename Type>
+void outputs(const LogitRow& row, float max, RowOutputs* out) {
+  row.softcap > 0 ? outputs_row<Type, true>(row, max, out)
+                  : outputs_row<Type, false>(row, max, out);
+}
 
 template <typename Type, bool kCapped, bool kSloped>
 void backward_row(const LogitRow& row, const RowBackward& grad, void* out) {
@@ -215,7 +213,7 @@ void backward_row(const LogitRow& row, const RowBackward& grad, void* out) {
 
   float target_grad = plain_nan(grad.target * row.inv_temperature);
   // Read before the row is written over. A gradient of 0 stays 0 where the logit is not finite.
-  if (kCapped && target_grad != 0) {
+  if (kCapped && row.target >= 0 && target_grad != 0) {
     target_grad *= cap.derivative(load_partial<Type>(x + row.target, 1))[0];
   }
   long long j = 0;
@@ -230,7 +228,7 @@ void backward_row(const LogitRow& row, const RowBackward& grad, void* out) {
     const long long rest = row.size - j < kLanes ? row.size - j : kLanes;
     store_partial<Type>(dx + j, gradient(load_partial<Type>(x + j, rest)), rest);
   }
-  store_partial<Type>(dx + row.target, broadcast(target_grad), 1);
+  if (row.target >= 0) store_partial<Type>(dx + row.target, broadcast(target_grad), 1);
 }
 
 template <typename Type>
@@ -308,4 +306,6 @@ extern "C" const rlkern::RowKernels RLKERN_JOIN(rlkern_row_kernels_, RLKERN_ISA)
      rlkern::forward_keeping<rlkern::BFloat16Type>},
     {rlkern::backward_from_kept<rlkern::FloatType>, rlkern::backward_from_kept<rlkern::HalfType>,
      rlkern::backward_from_kept<rlkern::BFloat16Type>},
+    {rlkern::outputs<rlkern::FloatType>, rlkern::outputs<rlkern::HalfType>,
+     rlkern::outputs<rlkern::BFloat16Type>},
 };

@@ -1,0 +1,51 @@
+// How the row passes take the values of a row: a softcap, and vectors that a row does not fill.
+#pragma once
+
+#include "simd.h"
+
+namespace rlkern {
+namespace {
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+// y = c * tanh(x / c) and its derivative. With e = exp(-2 |u|): tanh |u| = (1 - e) / (1 + e) and
+// 1 - tanh^2 = 4 e / (1 + e)^2, neither of which cancels.
+struct Cap {
+  float cap;
+  Exp2Scale scale;
+  explicit __attribute__((always_inline)) Cap(float softcap)
+      : cap(softcap), scale(softcap > 0 ? 2 * kLog2e / softcap : 1.0f) {}
+
+  __attribute__((always_inline)) Exp2 exp_of(vfloat x) const {
+    return exp2_scaled<true>((vfloat)((vuint)x | 0x80000000u), scale);
+  }
+  __attribute__((always_inline)) vfloat value(vfloat x) const {
+    const vfloat minus = exp_of(x).minus_one();
+    const vfloat magnitude = cap * (-minus / (minus + 2.0f));
+    return (vfloat)((vuint)magnitude | ((vuint)x & 0x80000000u));
+  }
+  __attribute__((always_inline)) vfloat derivative(vfloat x) const {
+    const vfloat e = exp_of(x).value();
+    return 4.0f * e / ((1.0f + e) * (1.0f + e));
+  }
+};
+
+template <typename Type>
+RLKERN_INLINE vfloat load_partial(const typename Type::Scalar* x, long long count) {
+  typename Type::Scalar padded[kLanes] = {};
+  __builtin_memcpy(padded, x, count * sizeof(typename Type::Scalar));
+  return Type::load(padded);
+}
+
+template <typename Type>
+RLKERN_INLINE void store_partial(typename Type::Scalar* x, vfloat v, long long count) {
+  typename Type::Scalar padded[kLanes];
+  Type::store(padded, v);
+  __builtin_memcpy(x, padded, count * sizeof(typename Type::Scalar));
+}
+
+// A NaN without a payload, which survives the rounding to bfloat16 as NaN.
+RLKERN_INLINE float plain_nan(float x) { return x != x ? __builtin_nanf("") : x; }
+
+}  // namespace
+}  // namespace rlkern
