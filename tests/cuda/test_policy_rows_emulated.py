@@ -16,9 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated_kernels import DTYPES as NAMES
-from emulated_kernels import SANITIZER, poisoned, span, why_not
-from emulated_policy_rows import EmulatedPolicyRows, module
+from emulated_kernels import poisoned, why_not
+from emulated_policy_rows import EmulatedPolicyRows
 from logit_checks import (
     DTYPES,
     Inputs,
@@ -42,11 +41,6 @@ from heads import LOSSES, SEPARABLE, HeadBatch, from_logits, in_steps, near  # n
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 KERNELS = {0: "two reads", 1: "cluster of 1", 2: "of 2", 4: "of 4", 8: "of 8"}
 LOSS = PolicyLoss.preset("grpo", kl_coef=0.1, entropy_coef=0.05, correction=RolloutCorrection())
-
-
-@pytest.fixture(scope="session")
-def built():
-    return module()
 
 
 @pytest.fixture(params=KERNELS, ids=KERNELS.values())
@@ -408,87 +402,3 @@ def test_large_logits(either):
     inputs.logits[3, 5] = 1e4
     inputs.ids[3] = 5
     check(either, case_of(inputs))
-
-
-# ---- the upstream gradient --------------------------------------------------------------------
-
-
-def scale(built, x, factor, blocks):
-    """rlkern::scale_ of rows [outer, inner, width]."""
-    number = torch.tensor(factor)
-    built.scale(
-        NAMES[x.dtype], span(x[..., 0]), *x.shape, number.data_ptr(), blocks
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("blocks", [1, 3, 50])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scale_of_rows_in_place(built, dtype, blocks):
-    for width, offset in ((1, 3), (1003, 5), (40001, 1)):
-        stride = width + 7
-        buffer = torch.randn(2 * 3 * stride + 16).to(dtype)
-        rows = buffer.as_strided((2, 2, width), (3 * stride, stride, 1), offset)
-        expected = buffer.clone()
-        expected.as_strided(rows.shape, rows.stride(), offset).mul_(torch.tensor(-0.3))
-        scale(built, rows, -0.3, blocks)
-        assert torch.equal(buffer, expected)
-
-
-def test_scale_by_one_touches_nothing(built):
-    x = torch.full((1, 2, 3000), torch.nan, dtype=torch.bfloat16)
-    with unreadable(x):
-        scale(built, x, 1.0, 2)
-
-
-# ---- plans ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "vocab, lanes, blocks, threads",
-    [
-        (1000, 8, 1, 32),
-        (32000, 8, 1, 256),
-        (50257, 8, 2, 256),
-        (128256, 8, 4, 256),
-        (151936, 8, 4, 256),
-        (262144, 8, 8, 256),
-        (151936, 4, 8, 256),
-        (262144, 4, 8, 768),
-        (500000, 4, 0, 768),
-    ],
-)
-def test_clusters_by_the_length_of_a_row(built, vocab, lanes, blocks, threads):
-    limit = 232448 - 416  # what sm_90 gives a block, less the kernel's own
-    plan = built.plan_cluster(vocab, lanes, limit)
-    assert plan[0] == blocks and plan[2] == threads
-    if not blocks:
-        return
-    assert plan[1] * plan[0] * lanes >= vocab and plan[3] <= limit
-    if threads <= 256:
-        assert 3 * (plan[3] + 416 + 1024) <= 228 * 1024, "three blocks share a multiprocessor"
-    assert built.plan_cluster(vocab, lanes, 0)[0] == 0
-
-
-@pytest.mark.skipif(bool(SANITIZER), reason="it ends a process on purpose")
-def test_the_shim_sees_a_block_that_reads_one_that_has_ended(tmp_path):
-    """Or the second barrier of a cluster could be left out unseen."""
-    import subprocess
-
-    from emulated_kernels import HERE
-
-    (tmp_path / "late.cpp").write_text(
-        '#include "shim_cluster.h"\n'
-        "int main(int argc, char**) {\n"
-        "  shim_launch_clusters(1, 2, 32, 64, [&] {\n"
-        "    shim_cluster_arrive();\n"
-        "    shim_cluster_wait();\n"
-        "    shim_shared_of_rank(shim_dynamic_shared(), 1 - shim_cluster_rank());\n"
-        "    if (argc > 1) { shim_cluster_arrive(); shim_cluster_wait(); }\n"
-        "  });\n"
-        "}\n"
-    )
-    command = ["g++", "-std=c++20", "-pthread", f"-I{HERE}", str(tmp_path / "late.cpp")]
-    subprocess.run([*command, "-o", str(tmp_path / "late")], check=True)
-    assert subprocess.run([tmp_path / "late", "and waits"]).returncode == 0
-    ended = subprocess.run([tmp_path / "late"], capture_output=True, text=True)
-    assert ended.returncode != 0 and "had ended" in ended.stderr
