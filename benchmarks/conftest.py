@@ -99,7 +99,7 @@ def pytest_report_collectionfinish(config, items):
     known = sum(kept.get(stem, 0.0) for stem in {item.path.stem for item in items})
     guessed = sum(guessed_seconds([item for item in items if item.path.stem not in kept]))
     return (
-        f"rlkern benchmarks: about {(known + guessed) / 60:.0f} minutes, {known / 60:.0f} of them "
+        f"rlkern benchmarks: about {(known + guessed) / 60:.1f} minutes, {known / 60:.1f} of them "
         "as last time on this machine, the rest a guess; leave the machine alone meanwhile"
     )
 
