@@ -52,7 +52,11 @@ class Point:
 
 
 def available_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """What Linux would give without swapping, the file cache included."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("this system does not say how much memory is available")
 
 
 class Logits:
@@ -263,8 +267,8 @@ def sweep(operator: str, axis: str, quick: bool) -> dict[str, Any]:
     values, build = SWEEPS[operator][axis]
     points = []
     for n in values[:4] if quick else values:
-        # Twice the last point's bytes, and as much again for what a call allocates.
-        if points and 4 * n / points[-1]["n"] * points[-1]["bytes"] > available_bytes():
+        # Its bytes, and as much again for what a call allocates: eager is left out by then.
+        if points and 2 * n / points[-1]["n"] * points[-1]["bytes"] > available_bytes():
             break
         points.append(run(n, build(n), seconds))
     return {"points": points}
