@@ -259,11 +259,11 @@ def read_rate() -> float:
 
 
 def sweep(operator: str, axis: str, quick: bool) -> dict[str, Any]:
-    """What the reply holds: the points, and over threads what memory gives at best."""
-    seconds = 0.01 if quick else SECONDS
+    """What the reply holds: the points, and what memory gives at best."""
+    rate, seconds = read_rate(), 0.01 if quick else SECONDS
     if axis == "threads":
         points = list(over_threads(operator, quick, seconds))
-        return {"points": points, "read_bytes_per_second": read_rate()}
+        return {"points": points, "read_bytes_per_second": rate}
     values, build = SWEEPS[operator][axis]
     points = []
     for n in values[:4] if quick else values:
@@ -271,7 +271,7 @@ def sweep(operator: str, axis: str, quick: bool) -> dict[str, Any]:
         if points and 2 * n / points[-1]["n"] * points[-1]["bytes"] > available_bytes():
             break
         points.append(run(n, build(n), seconds))
-    return {"points": points}
+    return {"points": points, "read_bytes_per_second": rate}
 
 
 def main(request_file: str, reply_file: str) -> None:
