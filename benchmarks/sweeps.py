@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ LINEAR = 1.25
 
 def measure(operator: str, axis: str, quick: bool) -> dict[str, Any]:
     """Runs a sweep in a child process."""
-    start = time.perf_counter()
+    busy, start = os.getloadavg()[0], time.perf_counter()
     request = {"operator": operator, "axis": axis, "quick": quick}
     reply = run_child("benchmarks.sweep_worker", request)
     title = f"{operator} over {axis}"
     took = time.perf_counter() - start
     return {"operator": operator, "axis": axis, "title": title, **reply,
-            "took_seconds": took}  # fmt: skip
+            "load_before": busy, "took_seconds": took}  # fmt: skip
 
 
 def file_name(sweep: dict[str, Any]) -> str:
@@ -115,6 +116,7 @@ def _cells(sweep: dict[str, Any], point: dict[str, Any], name: str) -> list[str]
 
 def _page(sweep: dict[str, Any]) -> str:
     lines = [f"## {sweep['title']}", "", f"![{sweep['title']}]({file_name(sweep)}.png)", ""]
+    lines += [f"Machine's load before {sweep['load_before']:.1f}."]
     names = list(dict.fromkeys(n for point in sweep["points"] for n in point["seconds"]))
     for name in (n for n in names if n.startswith("rlkern")):
         lines += sentences(sweep, name)
