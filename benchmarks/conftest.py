@@ -8,6 +8,7 @@ comparisons and `--benchmark-json` hold the real figures.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from statistics import median
 
@@ -25,6 +26,8 @@ SEEN = pytest.StashKey[set]()
 FACTS = pytest.StashKey[dict]()
 #: What each sweep came to, in words.
 SWEPT = pytest.StashKey[list]()
+#: One other process that computes: two cores' worth of threads then wait for each other.
+BUSY_LOAD = 1.0
 #: Guesses for what was never measured here: a process's imports and compiling, a sweep.
 SETUP_SECONDS, SWEEP_SECONDS = 8, 15
 
@@ -98,10 +101,13 @@ def pytest_report_collectionfinish(config, items):
     kept = store.seconds_by_module(store.RESULTS / machine.name())
     known = sum(kept.get(stem, 0.0) for stem in {item.path.stem for item in items})
     guessed = sum(guessed_seconds([item for item in items if item.path.stem not in kept]))
-    return (
-        f"rlkern benchmarks: about {(known + guessed) / 60:.0f} minutes, {known / 60:.0f} of them "
+    lines = [
+        f"rlkern benchmarks: about {(known + guessed) / 60:.1f} minutes, {known / 60:.1f} of them "
         "as last time on this machine, the rest a guess; leave the machine alone meanwhile"
-    )
+    ]
+    if (load := os.getloadavg()[0]) > BUSY_LOAD:
+        lines.append(f"The machine is busy (load {load:.1f}): the figures will say little.")
+    return lines
 
 
 def guessed_seconds(items):

@@ -52,7 +52,11 @@ class Point:
 
 
 def available_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """What Linux would give without swapping, the file cache included."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("this system does not say how much memory is available")
 
 
 class Logits:
@@ -255,19 +259,19 @@ def read_rate() -> float:
 
 
 def sweep(operator: str, axis: str, quick: bool) -> dict[str, Any]:
-    """What the reply holds: the points, and over threads what memory gives at best."""
-    seconds = 0.01 if quick else SECONDS
+    """What the reply holds: the points, and what memory gives at best."""
+    rate, seconds = read_rate(), 0.01 if quick else SECONDS
     if axis == "threads":
         points = list(over_threads(operator, quick, seconds))
-        return {"points": points, "read_bytes_per_second": read_rate()}
+        return {"points": points, "read_bytes_per_second": rate}
     values, build = SWEEPS[operator][axis]
     points = []
     for n in values[:4] if quick else values:
-        # Twice the last point's bytes, and as much again for what a call allocates.
-        if points and 4 * n / points[-1]["n"] * points[-1]["bytes"] > available_bytes():
+        # Its bytes, and as much again for what a call allocates: eager is left out by then.
+        if points and 2 * n / points[-1]["n"] * points[-1]["bytes"] > available_bytes():
             break
         points.append(run(n, build(n), seconds))
-    return {"points": points}
+    return {"points": points, "read_bytes_per_second": rate}
 
 
 def main(request_file: str, reply_file: str) -> None:

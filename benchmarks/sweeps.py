@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ LINEAR = 1.25
 
 def measure(operator: str, axis: str, quick: bool) -> dict[str, Any]:
     """Runs a sweep in a child process."""
-    start = time.perf_counter()
+    busy, start = os.getloadavg()[0], time.perf_counter()
     request = {"operator": operator, "axis": axis, "quick": quick}
     reply = run_child("benchmarks.sweep_worker", request)
     title = f"{operator} over {axis}"
     took = time.perf_counter() - start
     return {"operator": operator, "axis": axis, "title": title, **reply,
-            "took_seconds": took}  # fmt: skip
+            "load_before": busy, "took_seconds": took}  # fmt: skip
 
 
 def file_name(sweep: dict[str, Any]) -> str:
@@ -102,24 +103,31 @@ def sentences(sweep: dict[str, Any], name: str) -> list[str]:
     return text
 
 
+def _cells(sweep: dict[str, Any], point: dict[str, Any], name: str) -> list[str]:
+    error = f"{point['errors'][name]:.1e}" if name in point["errors"] else "-"
+    if name not in point["seconds"]:
+        return [point["wrong"].get(name, "not run"), "-", "-", error]
+    seconds = point["seconds"][name]["median"]
+    share = point["bytes"] / seconds / sweep["read_bytes_per_second"]
+    return [
+        figure(1e3 * seconds), figure(1e9 * seconds / point["elements"]), f"{share:.2f}", error
+    ]  # fmt: skip
+
+
 def _page(sweep: dict[str, Any]) -> str:
     lines = [f"## {sweep['title']}", "", f"![{sweep['title']}]({file_name(sweep)}.png)", ""]
+    lines += [f"Machine's load before {sweep['load_before']:.1f}."]
     names = list(dict.fromkeys(n for point in sweep["points"] for n in point["seconds"]))
     for name in (n for n in names if n.startswith("rlkern")):
         lines += sentences(sweep, name)
     header = [sweep["axis"], "MB moved"]
     for name in names:
-        header += [f"{name}, ms", "ns an element", "error"]
+        header += [f"{name}, ms", "ns an element", "of reading", "error"]
     rows = []
     for point in sweep["points"]:
         row = [str(point["n"]), f"{point['bytes'] / 1e6:.3g}"]
         for name in names:
-            if name in point["seconds"]:
-                seconds = point["seconds"][name]["median"]
-                row += [figure(1e3 * seconds), figure(1e9 * seconds / point["elements"])]
-            else:
-                row += [point["wrong"].get(name, "not run"), "-"]
-            row.append(f"{point['errors'][name]:.1e}" if name in point["errors"] else "-")
+            row += _cells(sweep, point, name)
         rows.append(row)
     return "\n".join([*lines, *table(header, rows), ""])
 
@@ -135,7 +143,12 @@ def write_pages(folder: Path) -> None:
         plots.curve(sweep, folder / f"{file_name(sweep)}.png")
     newest = max((sweep["machine"] for sweep in sweeps), key=lambda machine: machine["date"])
     head = ["# Scaling", "", *facts(newest), ""]
-    head += ["Medians of repeated calls in one process, nothing pushed out of the caches. Over",
-             "threads, an element's time is multiplied by their number. Eager stops where it would",
-             "need several times the logits; \"not run\" says so.", ""]  # fmt: skip
+    head += [
+        "Medians of repeated calls in one process, nothing pushed out of the caches. Over threads,",
+        'an element\'s time is multiplied by their number. "Of reading": the bytes that a call of',
+        "ours cannot do without, each once, over its time, as a share of what reading 256 MB of",
+        'memory gets; caches give more than 1. Eager stops ("not run") where it would need several',
+        "times the memory.",
+        "",
+    ]
     store.write(folder / "index.md", "\n".join([*head, *map(_page, sweeps)]))

@@ -36,7 +36,7 @@ def milliseconds(value: dict[str, float]) -> str:
 
 def bound(case: dict[str, Any], task: str) -> str:
     """The floor of a task in words, "2 read + copy" for example."""
-    names = [name.removeprefix(f"{task}/") for name in case["bounds"][task]]
+    names = [name.split("/")[-1] for name in case["bounds"][task]]
     counts = {name: names.count(name) for name in names}
     return " + ".join(f"{n} {name}" if n > 1 else name for name, n in counts.items())
 

@@ -14,7 +14,8 @@ def sweep_of(costs, size=1 << 10, axis="tokens"):
         for i, cost in enumerate(costs)
     ]  # fmt: skip
     return {"operator": "toy", "axis": axis, "title": f"toy over {axis}", "points": points,
-            "machine": MACHINE, "took_seconds": 1.0}  # fmt: skip
+            "machine": MACHINE, "took_seconds": 1.0, "load_before": 0.0,
+            "read_bytes_per_second": 4.0}  # fmt: skip
 
 
 def test_the_line_is_what_lies_within_a_quarter_of_the_best():
@@ -53,6 +54,11 @@ def test_pages(tmp_path):
     assert (tmp_path / "scaling" / "toy_tokens.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "scaling" / "index.md").read_text()
     assert "rlkern: linear within 25% for tokens from 2 to 4" in page
+    rows = [[cell.strip() for cell in line.split("|")] for line in page.splitlines()]
+    # Point 4 moves 4 KiB in 4 s: 1024 bytes a second, of 4 that reading gets.
+    assert [row[3:7] for row in rows if row[1:2] == ["4"]] == [
+        ["4000", "1.00e+09", "256.00", "0.0e+00"]
+    ]
     sweeps.write_pages(tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
