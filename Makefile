@@ -16,7 +16,7 @@ INSTALL := $(BIN)/pip install --quiet --no-build-isolation --editable
 .PHONY: train test test-slow test-triton bench sanitize lint clean
 
 train: $(VENV)/.loops
-	$(BIN)/python -m rlkern_loops.grpo $(ARGS)
+	$(BIN)/rlkern train grpo $(ARGS)
 
 test: $(VENV)/.test
 	$(PYTEST) -m "not slow" --numprocesses 2 $(ARGS)
@@ -33,8 +33,13 @@ test-triton: $(VENV)/.test
 	  triton==$(TRITON) "numpy<2.4"
 	PYTHONPATH=build/triton-$(TRITON) $(PYTEST) tests/triton $(ARGS)
 
+# Measures on this machine, keeps each case under benchmarks/results as it is done, and writes the
+# pages and the README's table from all that is kept. Twenty minutes or so alone on two cores; it
+# says how long at the start. ARGS="--only whiten,value_loss" for some files of it, ARGS=--quick
+# for a smoke test that touches no kept result.
 bench: $(VENV)/.test
-	$(PYTEST) benchmarks $(ARGS)
+	$(PYTEST) benchmarks --results machine $(ARGS)
+	$(BIN)/python -m benchmarks.report
 
 # The native tests under the address and undefined-behaviour sanitizers, and the emulated CUDA
 # kernels under the address and thread sanitizers.

@@ -1,4 +1,4 @@
-"""token_logprobs against eager, torch.compile and TRL, forward and with its backward.
+"""token_logprobs against eager, torch.compile, TRL, verl and OpenRLHF, forward and with backward.
 
 Forward runs under no_grad, as old and reference log-probabilities are taken. With backward, the
 call and the gradient with respect to the logits are one timed region. Peers get the dtype that
@@ -13,12 +13,20 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.case import Case, Contestant, Floor, MemoryLimit
+from benchmarks import peers
+from benchmarks.case import FULL, SHORT, Case, Contestant, Floor, MemoryLimit
 
 FORWARD = "forward"
 BACKWARD = "forward + backward"
 SHAPE = {"rows": 4, "tokens": 128, "vocab": 151936}
 QUICK_SHAPE = {"rows": 2, "tokens": 16, "vocab": 4096}
+#: Llama 2, GPT-2 (its rows begin at odd addresses), Llama 3 and Gemma, whose vocabularies they are.
+SIDE_SHAPES = (
+    {"rows": 4, "tokens": 128, "vocab": 32000},
+    {"rows": 4, "tokens": 64, "vocab": 50257},
+    {"rows": 4, "tokens": 32, "vocab": 128256},
+    {"rows": 4, "tokens": 32, "vocab": 262144},
+)
 # A bf16 log-probability near -16 is rounded by up to 1/32; eager takes its gradient from that.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 1e-2}
 
@@ -40,6 +48,14 @@ def build_trl():
     from trl.trainer.utils import selective_log_softmax
 
     return selective_log_softmax
+
+
+def build_verl():
+    return peers.member("verl.utils.torch_functional", "logprobs_from_logits")
+
+
+def build_openrlhf():
+    return peers.member("openrlhf.models.utils", "log_probs_from_logits")
 
 
 def build_rlkern(inplace_backward: bool = False):
@@ -93,20 +109,27 @@ class Produce(torch.autograd.Function):
         raise AssertionError("no gradient is asked for below the logits")
 
 
+PEERS = {
+    "eager": build_eager,
+    "torch.compile": build_compiled,
+    "TRL": build_trl,
+    "verl": build_verl,
+    "OpenRLHF": build_openrlhf,
+    # Log-probabilities by its cross entropy, as flash-attn's serve verl.
+    "Liger": peers.gpu_only("Liger-Kernel's Triton cross entropy"),
+}
+
+
 class TokenLogprobs(Case):
     """Logits [rows, tokens, vocab] as a trainer holds them, and one chosen token each."""
 
     operator = "token_logprobs"
     contestants = (
         Contestant(FORWARD, "rlkern", forward(build_rlkern)),
-        Contestant(FORWARD, "eager", forward(build_eager)),
-        Contestant(FORWARD, "torch.compile", forward(build_compiled)),
-        Contestant(FORWARD, "TRL", forward(build_trl)),
+        *(Contestant(FORWARD, name, forward(build)) for name, build in PEERS.items()),
         Contestant(BACKWARD, "rlkern in place", with_backward(lambda: build_rlkern(True))),
         Contestant(BACKWARD, "rlkern", with_backward(build_rlkern)),
-        Contestant(BACKWARD, "eager", with_backward(build_eager)),
-        Contestant(BACKWARD, "torch.compile", with_backward(build_compiled)),
-        Contestant(BACKWARD, "TRL", with_backward(build_trl)),
+        *(Contestant(BACKWARD, name, with_backward(build)) for name, build in PEERS.items()),
     )
     bounds = {FORWARD: ("read",), BACKWARD: ("read", "scale")}
 
@@ -124,6 +147,7 @@ class TokenLogprobs(Case):
         # Exact in bf16, so that every dtype is given the same upstream gradient.
         self.upstream = torch.randn(shape, generator=generator).bfloat16().float()
         self.weight = torch.zeros((), requires_grad=True)
+        self.truth: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @staticmethod
     def floors(**params: Any) -> tuple[Floor | MemoryLimit, ...]:
@@ -148,6 +172,28 @@ class TokenLogprobs(Case):
         return Produce.apply(self.weight, self.bulk), self.token_ids, self.upstream
 
     @torch.no_grad()
+    def _expected(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and the gradient's flat rows, from float64.
+
+        The gradient is kept in fp32, whose rounding is far below any tolerance here: in float64
+        it would be the largest tensor of all, and every contestant would wait for it again.
+        """
+        if self.truth is None:
+            logprobs, gradient = [], []
+            rows, ids = self.pristine.flatten(0, 1), self.token_ids.flatten()
+            upstream = self.upstream.flatten().double()
+            for start in range(0, len(rows), 16):
+                part = slice(start, start + 16)
+                log_softmax = rows[part].double().log_softmax(-1)
+                picked = torch.arange(len(log_softmax)), ids[part]
+                logprobs.append(log_softmax[picked])
+                expected = log_softmax.exp_().mul_(-upstream[part, None])
+                expected[picked] += upstream[part]
+                gradient.append(expected.float())
+            self.truth = torch.cat(logprobs), torch.cat(gradient)
+        return self.truth
+
+    @torch.no_grad()
     def errors(self, task: str, outputs: Any) -> dict[str, float]:
         """Errors against float64, the worst over rows.
 
@@ -156,37 +202,36 @@ class TokenLogprobs(Case):
         from the target's, beside which all of them together could be missing unnoticed.
         """
         logprobs, gradient = outputs if task == BACKWARD else (outputs, None)
-        worst: dict[str, float] = {}
-
-        def note(name: str, values: torch.Tensor) -> None:
-            # torch's maximum keeps a NaN, Python's would lose it.
-            worst[name] = values.new_tensor([worst.get(name, 0.0), values.max()]).max().item()
-
-        # A few rows at a time: float64 copies of everything would be the largest tensors here.
-        for start in range(0, self.token_ids.numel(), 16):
-
-            def rows(tensor: torch.Tensor, start: int = start) -> torch.Tensor:
-                return tensor.flatten(0, 1)[start : start + 16].double()
-
-            tokens = self.token_ids.flatten()[start : start + 16]
-            picked = torch.arange(len(tokens)), tokens
-            log_softmax = rows(self.pristine).log_softmax(-1)
-            truth = log_softmax[picked]
-            note("logprob", (rows(logprobs) - truth).abs() / truth.abs().clamp(min=1))
-            if gradient is None:
-                continue
-            upstream = rows(self.upstream)
-            expected = log_softmax.exp_().mul_(-upstream.unsqueeze(-1))
-            expected[picked] += upstream
-            difference = rows(gradient).sub_(expected)
-            note("target", (difference[picked] / upstream).abs())
-            difference[picked] = 0
-            expected[picked] = 0
-            note("rest", difference.norm(dim=-1) / expected.norm(dim=-1))
-        return worst
+        truth, expected = self._expected()
+        found = logprobs.flatten().double()
+        worst = {"logprob": ((found - truth).abs() / truth.abs().clamp(min=1)).max().item()}
+        if gradient is None:
+            return worst
+        rows, upstream = gradient.flatten(0, 1), self.upstream.flatten()
+        target, rest = [], []
+        # A few rows at a time, in the caches.
+        for start in range(0, len(rows), 16):
+            part = slice(start, start + 16)
+            at = self.token_ids.flatten()[part, None]
+            difference = rows[part].float().sub(expected[part])
+            target.append((difference.gather(1, at).squeeze(1) / upstream[part]).abs())
+            own = expected[part].scatter(1, at, 0.0).norm(dim=-1)
+            rest.append(difference.scatter_(1, at, 0.0).norm(dim=-1) / own)
+        # torch's maximum keeps a NaN, Python's would lose it.
+        named = {"target": target, "rest": rest}
+        return worst | {name: torch.cat(values).max().item() for name, values in named.items()}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+DTYPES = ("float32", "bfloat16")
+SHAPES = [(SHAPE, FULL, dtype) for dtype in DTYPES]
+SHAPES += [(shape, SHORT, "bfloat16") for shape in SIDE_SHAPES]
+# fp32 beside the main shape where it differs most: odd addresses.
+SHAPES += [(SIDE_SHAPES[1], SHORT, "float32")]
+IDS = [f"{shape['vocab']}-{dtype}" for shape, _, dtype in SHAPES]
+
+
+@pytest.mark.parametrize("shape, plan, dtype", SHAPES, ids=IDS)
 @pytest.mark.parametrize("contestant", [c.key for c in TokenLogprobs.contestants])
-def test_token_logprobs(contest, quick, dtype, contestant):
-    contest(TokenLogprobs, (QUICK_SHAPE if quick else SHAPE) | {"dtype": dtype}, contestant)
+def test_token_logprobs(contest, quick, shape, plan, dtype, contestant):
+    shape = QUICK_SHAPE if quick else shape
+    contest(TokenLogprobs, shape | {"dtype": dtype}, contestant, plan)

@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        processes: Fresh processes, each of which measures every contestant.
+        rounds: Timed calls of a contestant in a process, at most.
+        seconds: What these may take together, inputs restored included. Whoever needs longer gets
+            fewer rounds, and the table says how many.
+        least: The rounds that everyone gets.
+        warmup: Rounds before them that are thrown away.
+    """
+
+    processes: int
+    rounds: int
+    seconds: float = math.inf
+    least: int = 3
+    warmup: int = 1
+
+
+FULL = Plan(processes=3, rounds=7, seconds=1.0)
+#: For shapes beside the main one.
+SHORT = Plan(processes=2, rounds=5, seconds=0.5)
+QUICK = Plan(processes=1, rounds=3, seconds=0.3)
 
 
 @dataclass(frozen=True)
@@ -65,6 +92,10 @@ class Case:
     contestants: ClassVar[tuple[Contestant, ...]]
     #: Task -> the ceilings whose added time no implementation of that task can beat.
     bounds: ClassVar[dict[str, tuple[str, ...]]]
+
+    #: "cold": all is pushed out of the caches before each timed call, code included, as after
+    #: a model's forward pass. "warm": two calls go before it, as in a loop of nothing else.
+    cache: str = "cold"
 
     #: The tensor whose traffic dominates: ceilings move its bytes, memory is a share of it.
     bulk: torch.Tensor

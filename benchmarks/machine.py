@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -46,6 +47,37 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _generation() -> str:
+    """AMD's generation by its family number; cloud machines' model names leave it out."""
+    family = _cpu("cpu family")
+    if "AMD" not in _cpu("model name"):
+        return ""
+    if family == "25":
+        return "zen4" if "avx512f" in _cpu("flags").split() else "zen3"
+    return {"23": "zen2", "26": "zen5"}.get(family, "")
+
+
+def name() -> str:
+    """What this machine's folder of results is called, "amd-epyc-zen5-2-cores" for example."""
+    model = re.sub(r"\(\w+\)|@.*| CPU| Processor", "", _cpu("model name") or platform.machine())
+    words = [*re.findall(r"[a-z0-9]+", model.lower()), _generation(), f"{os.cpu_count()}-cores"]
+    return "-".join(filter(None, words))
+
+
+def cache_bytes() -> dict[str, int]:
+    """Sizes of the data caches that the first core reads through, by "L1", "L2", "L3"."""
+    sizes: dict[str, int] = {}
+    for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            level, size = ((cache / file).read_text().strip() for file in ("level", "size"))
+            kind = (cache / "type").read_text().strip()
+        except OSError:
+            continue
+        if kind != "Instruction" and size.endswith("K"):
+            sizes[f"L{level}"] = int(size[:-1]) * 1024
+    return sizes
+
+
 def describe() -> dict[str, Any]:
     """Machine, versions, date and commit; no path and no host's name."""
     # Asked of a child, so that rlkern can be absent and its peers still be measured.
@@ -53,14 +85,17 @@ def describe() -> dict[str, Any]:
     git = ("git", "-C", str(ROOT))
     changed = _output(*git, "status", "--porcelain", "--untracked-files=no")
     commit = _output(*git, "rev-parse", "--short=12", "HEAD")
-    packages = ("rlkern", "torch", "triton", "transformers", "trl", "scipy")
+    packages = ("rlkern", "torch", "triton", "transformers", "trl", "liger-kernel", "verl")
+    packages += ("openrlhf", "scipy")
     return {
+        "name": name(),
         "cpu": _cpu("model name") or platform.machine(),
         "megahertz": float(_cpu("cpu MHz") or 0),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "instruction_set": rlkern.get("cpu_instruction_set", "unknown"),
         "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "caches": cache_bytes(),
         "compiler": rlkern.get("build", {}).get("compiler", "unknown"),
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",

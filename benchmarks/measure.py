@@ -11,40 +11,26 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.case import Case, Floor, MemoryLimit
+from benchmarks.case import Case, Floor, MemoryLimit, Plan
 from benchmarks.machine import ROOT
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How much is measured: fresh processes, timed rounds in each, rounds thrown away first."""
-
-    processes: int
-    rounds: int
-    warmup: int = 1
-
-
-FULL = Plan(processes=5, rounds=9)
-QUICK = Plan(processes=1, rounds=5)
-
-
-def run_child(case: type[Case], params: dict[str, Any], plan: Plan) -> dict[str, Any]:
-    """Runs one worker process and returns its report."""
-    request = {"case": f"{case.__module__}:{case.__qualname__}", "params": params}
-    request |= {"rounds": plan.rounds, "warmup": plan.warmup}
+def run_child(module: str, request: dict[str, Any]) -> dict[str, Any]:
+    """Runs `python -m module REQUEST REPLY`, two JSON files, and returns the reply."""
     # The child finds the modules that its parent finds, an installed rlkern before the clone's.
     path = os.pathsep.join([*filter(None, sys.path), str(ROOT)])
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder, "request.json"), Path(folder, "reply.json")
         asked.write_text(json.dumps(request))
         child = subprocess.run(
-            [sys.executable, "-m", "benchmarks.worker", str(asked), str(answered)],
+            [sys.executable, "-m", module, str(asked), str(answered)],
             cwd=folder,
             # Without this, torch.compile leaves a pool of processes beside the clock.
             env={"TORCHINDUCTOR_COMPILE_THREADS": "1"} | os.environ | {"PYTHONPATH": path},
@@ -63,12 +49,16 @@ def measure(
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measures a case and returns its summary, ready for JSON."""
-    busy = os.getloadavg()[0]
+    busy, start = os.getloadavg()[0], time.perf_counter()
+    request = {"case": f"{case.__module__}:{case.__qualname__}", "params": params}
+    request |= {"plan": asdict(plan)}
     reports = []
     for number in range(plan.processes):
         say(f"{case.operator} {params}: process {number + 1} of {plan.processes}")
-        reports.append(run_child(case, params, plan))
-    return summarise(case, params, reports) | {"load_before": busy}
+        reports.append(run_child("benchmarks.worker", request))
+    took = time.perf_counter() - start
+    summary = summarise(case, params, reports)
+    return summary | {"rounds": plan.rounds, "load_before": busy, "took_seconds": took}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -148,15 +138,17 @@ def summarise(
         entry["samples"] = [one["seconds"] for one in mine]
         entry["ns_per_element"] = entry["seconds"]["median"] * 1e9 / first["elements"]
         entry["of_ceiling"] = times_as_fast(medians, key, case.bounds[contestant.task])
+        entry["rounds"] = min(len(one["seconds"]) for one in mine)
         entry["page_faults"] = median(median(one["page_faults"]) for one in mine)
         if all("extra_bytes" in one for one in mine):
             entry["extra_bytes"] = max(one["extra_bytes"] for one in mine)
             entry["extra_share"] = entry["extra_bytes"] / first["bytes"]
     return {
         "operator": case.operator,
+        "module": case.__module__,
         "params": params,
         "processes": len(reports),
-        **{name: first[name] for name in ("elements", "bytes", "threads", "rounds")},
+        **{name: first[name] for name in ("elements", "bytes", "threads")},
         "bounds": {task: list(names) for task, names in case.bounds.items()},
         "ceilings": {name: spread(values) for name, values in medians.items() if "/" not in name},
         "entries": entries,

@@ -19,11 +19,14 @@ from typing import Any
 import torch
 
 from benchmarks import ceilings
-from benchmarks.case import Case
+from benchmarks.case import Case, Plan
 from benchmarks.memory import peak_extra_bytes
 
 #: Larger than the last-level caches in use, so that reading it leaves nothing of the inputs there.
 _EVICTION_BYTES = 256 << 20
+
+#: A cold start costs well below a millisecond.
+_LONG_SECONDS = 0.02
 
 #: A contestant ready to be called: restores its inputs and returns the call to time.
 Ready = Callable[[], Callable[[], Any]]
@@ -90,45 +93,64 @@ def timed(call: Callable[[], Any]) -> tuple[float, int]:
     return seconds, faults
 
 
+def warm(call: Callable[[], Any]) -> None:
+    """Two calls, or one that is so long that it is cold at its start alone."""
+    if timed(call)[0] < _LONG_SECONDS:
+        call()
+
+
 def alternate(
     ready: Mapping[str, Ready],
-    rounds: int,
-    warmup: int,
-    before: Callable[[], object] = lambda: None,
+    plan: Plan,
+    before: Callable[[Callable[[], Any]], object] = lambda call: None,
     clock: Callable[[Callable[[], Any]], tuple[float, int]] = timed,
 ) -> dict[str, list[tuple[float, int]]]:
     """Times A B C A B C ...: a slow minute of the machine then falls on all alike.
 
+    A contestant whose turns have taken `plan.seconds` sits out the later rounds, but for the
+    `plan.least` that everyone gets.
+
     Args:
         ready: The contestants, in the order of their turns.
-        rounds: Samples per contestant that are kept.
-        warmup: Rounds before them that are not.
-        before: Called before each timed call, after the inputs are restored.
+        plan: How many rounds.
+        before: Given each call before it is timed, after the inputs are restored.
         clock: Runs a call and returns its (seconds, page faults).
     """
     samples: dict[str, list[tuple[float, int]]] = {key: [] for key in ready}
-    for turn in range(warmup + rounds):
+    spent = dict.fromkeys(ready, 0.0)
+    for turn in range(plan.warmup + plan.rounds):
         for key, make_ready in ready.items():
+            if len(samples[key]) >= plan.least and spent[key] >= plan.seconds:
+                continue
+            start = time.perf_counter()
             call = make_ready()
-            before()
+            before(call)
             sample = clock(call)
-            if turn >= warmup:
+            if turn >= plan.warmup:
                 samples[key].append(sample)
+                spent[key] += time.perf_counter() - start
     return samples
 
 
-def work(case: Case, rounds: int, warmup: int) -> dict[str, Any]:
+def work(case: Case, plan: Plan) -> dict[str, Any]:
     """Everything one process measures of a case."""
     ready, entries = admit(case)
     contestants = list(ready)
     add_ceilings(case, ready)
-    eviction = torch.ones(_EVICTION_BYTES // 4)
+    eviction = torch.ones(_EVICTION_BYTES // 4 if case.cache == "cold" else 0)
+
+    def before(call):
+        if case.cache == "cold":
+            # Restoring the inputs leaves their last part in the cache, modified; reading something
+            # else writes it back before the clock starts, for everyone.
+            eviction.sum()
+        else:
+            warm(call)
+
     # A collection in the middle of a call would cross everything that the peers imported.
     gc.collect()
     gc.freeze()
-    # Restoring the inputs leaves their last part in the cache, modified; reading something else
-    # writes it back before the clock starts, for everyone.
-    samples = alternate(ready, rounds, warmup, before=eviction.sum)
+    samples = alternate(ready, plan, before=before)
     for key, values in samples.items():
         entry = entries.setdefault(key, {"status": "ok"})
         entry["seconds"] = [seconds for seconds, _ in values]
@@ -143,7 +165,6 @@ def work(case: Case, rounds: int, warmup: int) -> dict[str, Any]:
         "elements": case.bulk.numel(),
         "bytes": case.bulk.nbytes,
         "threads": torch.get_num_threads(),
-        "rounds": rounds,
     }
 
 
@@ -151,7 +172,7 @@ def main(request_file: str, reply_file: str) -> None:
     request = json.loads(Path(request_file).read_text())
     module, name = request["case"].split(":")
     case = getattr(importlib.import_module(module), name)(**request["params"])
-    reply = work(case, request["rounds"], request["warmup"])
+    reply = work(case, Plan(**request["plan"]))
     Path(reply_file).write_text(json.dumps(reply))
 
 

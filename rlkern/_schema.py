@@ -36,6 +36,12 @@ SCHEMAS = {
     "token_logprobs": (
         f"(Tensor logits, {_TOKEN_LOGPROBS}, bool return_entropy) -> (Tensor, Tensor, Tensor)"
     ),
+    # The same, and outputs [..., 3], without a gradient: the mean of the logits, the log of the sum
+    # of squared probabilities, and 1 where the token is the most probable one, the first of equals.
+    "token_logprobs_outputs": (
+        f"(Tensor logits, {_TOKEN_LOGPROBS}, bool return_entropy) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
+    ),
     "token_logprobs_bwd": (
         f"(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, {_TOKEN_LOGPROBS}, "
         f"{_TOKEN_LOGPROBS_SAVED}) -> Tensor"
@@ -82,6 +88,8 @@ SCHEMAS = {
         f"(Tensor logits, Tensor(a!) grad, {_TOKEN_LOGPROBS}, {_POLICY_TOKENS}, "
         "bool return_entropy) -> (Tensor, Tensor, Tensor)"
     ),
+    # sum, in float32, += part, in any of the logits' dtypes; contiguous tensors of one size.
+    "add_widened_": "(Tensor(a!) sum, Tensor part) -> ()",
     # -> loss [], metrics in float64, the gradient (or [0]), and what it is still to be multiplied
     # by, [1].
     "value_loss": (
@@ -127,10 +135,12 @@ SCHEMAS = {
 # Operators in Python over the others, the same for all backends: which one serves the row pass
 # is an argument.
 COMPOSITES = {
-    # rows: of a chunk. -> logprobs [N], entropy [N] or [0], state [N, 2], as of token_logprobs.
+    # rows: of a chunk. wide: logits in float32, whatever the factors are. -> logprobs [N], entropy
+    # [N] or [0], state [N, 2], outputs [N, 3] or [0], as of token_logprobs_outputs.
     "linear_token_logprobs": (
         f"(Tensor hidden, Tensor weight, Tensor? bias, {_TOKEN_LOGPROBS}, bool return_entropy, "
-        "int rows, bool invariant, str backend) -> (Tensor, Tensor, Tensor)"
+        "bool outputs, int rows, bool invariant, bool wide, str backend) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
     ),
     # A separable policy loss (policy_rows) with what its losses and metrics need beside it. With
     # ref_logits the exact KL is one of them: kl_scale [...] multiplies a token's, None: it is only
@@ -140,12 +150,15 @@ COMPOSITES = {
         f"{_POLICY_TOKENS}, {_POLICY_WHOLE}, "
         "bool return_entropy, str backend) -> (Tensor, Tensor, Tensor)"
     ),
+    # x [..., V] times a number on its device, in place. A GPU's kernel leaves x alone where that is
+    # 1, without the host's looking.
+    "scale_": "(Tensor(a!) x, Tensor factor) -> ()",
     # active: where a token's gradient may differ from 0; others are left out of its products.
     # -> loss [], metrics, and the gradients of hidden, weight and bias, [0] where not needed.
     "policy_loss_hidden": (
         f"(Tensor hidden, Tensor weight, Tensor? bias, {_EXACT_KL}, {_TOKEN_LOGPROBS}, "
         f"{_POLICY_TOKENS}, {_POLICY_WHOLE}, bool return_entropy, Tensor? active, bool metrics, "
-        "int rows, bool invariant, str backend, bool[] needs) "
+        "int rows, bool invariant, bool wide, str backend, bool[] needs) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     # The same of a loss that couples the tokens of a sequence. denominators [3], float64:
@@ -154,26 +167,26 @@ COMPOSITES = {
         f"(Tensor hidden, Tensor weight, Tensor? bias, {_EXACT_KL}, {_TOKEN_LOGPROBS}, "
         "Tensor advantages, Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_logprobs, "
         "Tensor? token_weights, Tensor? entropy_mask, Tensor denominators, "
-        f"{_POLICY_WHOLE}, bool return_entropy, int rows, bool invariant, str backend, "
-        "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        f"{_POLICY_WHOLE}, bool return_entropy, int rows, bool invariant, bool wide, "
+        "str backend, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     # rows: of a chunk, of the policy's and of the reference's logits. -> divergence [N], state.
     "linear_kl_divergence": (
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, "
-        f"Tensor? ref_bias, {_VOCAB_DIVERGENCE}, int rows, bool invariant, str backend) "
+        f"Tensor? ref_bias, {_VOCAB_DIVERGENCE}, int rows, bool invariant, bool wide, str backend) "
         "-> (Tensor, Tensor)"
     ),
     # -> the gradients of hidden, weight and bias, [0] where it is not needed.
     "linear_kl_divergence_bwd": (
         "(Tensor grad_value, Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, "
         f"Tensor ref_weight, Tensor? ref_bias, {_VOCAB_DIVERGENCE}, Tensor state, int rows, "
-        "bool invariant, str backend, bool[] needs) -> (Tensor, Tensor, Tensor)"
+        "bool invariant, bool wide, str backend, bool[] needs) -> (Tensor, Tensor, Tensor)"
     ),
     # -> the gradients of hidden, weight and bias, [0] where it is not needed.
     "linear_token_logprobs_bwd": (
         "(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, "
-        f"{_TOKEN_LOGPROBS}, {_TOKEN_LOGPROBS_SAVED}, int rows, bool invariant, str backend, "
-        "bool[] needs) -> (Tensor, Tensor, Tensor)"
+        f"{_TOKEN_LOGPROBS}, {_TOKEN_LOGPROBS_SAVED}, int rows, bool invariant, bool wide, "
+        "str backend, bool[] needs) -> (Tensor, Tensor, Tensor)"
     ),
 }
 
@@ -184,6 +197,9 @@ SUFFIXES = {"native": "", "triton": "_triton", "eager": "_reference"}
 WITHOUT_REFERENCE = tuple(
     op for op in SCHEMAS if not op.startswith(("token_logprobs", "vocab_divergence"))
 )
+
+# Elsewhere torch's own serves.
+NATIVE_ONLY = ("add_widened_",)
 
 LIBRARY = torch.library.Library("rlkern", "DEF")
 
@@ -197,6 +213,8 @@ def operator_name(op: str, backend: str) -> str:
 
 def backends(op: str) -> tuple[str, ...]:
     """The backends that have an operator of their own for it."""
+    if op in NATIVE_ONLY:
+        return ("native",)
     return tuple(b for b in SUFFIXES if b != "eager" or op not in WITHOUT_REFERENCE)
 
 

@@ -16,9 +16,10 @@ from rlkern import _backend, _native
 from rlkern._schema import SCHEMAS
 
 # Backward operators are served by the backend of their forward.
-# policy_rows, a part of PolicyLoss.from_logits and from_hidden, by the backend of policy_loss.
+# Those of _PARTS, of the operators on logits and hidden states, by the backend of their whole.
+_PARTS = ("policy_rows", "token_logprobs_outputs", "add_widened_")
 _OPERATORS = [
-    name for name in SCHEMAS if not name.rstrip("_").endswith("_bwd") and name != "policy_rows"
+    name for name in SCHEMAS if not name.rstrip("_").endswith("_bwd") and name not in _PARTS
 ]
 
 

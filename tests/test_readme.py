@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import re
+import sys
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+# At the end: the clone's rlkern must not hide an installed one.
+sys.path.append(str(ROOT))
+
+from benchmarks import readme  # noqa: E402
 
 # Command -> the file that runs it.
 RUN_BY = {
     "make train": ".ci/run",
     "make test": ".ci/run",
+    "rlkern train ppo": "tests/loops/test_run.py",
     "pip install .": "tests/build/test_build.py",
-    "pytest benchmarks/bench_token_logprobs.py": "tests/benchmarks/test_bench_files.py",
+    "make bench": "tests/benchmarks/test_report.py",
     "python -m rlkern.info": "tests/build/test_build.py",
 }
 
@@ -58,27 +63,7 @@ def test_every_variable_is_read_somewhere():
 
 
 def test_the_table_says_what_was_measured():
-    (file,) = (ROOT / "benchmarks" / "results").glob("*/token_logprobs.json")
-    cases = {case["params"]["dtype"]: case for case in json.loads(file.read_text())["cases"]}
-    names = {"fp32": "float32", "bf16": "bfloat16"}
-    entries = {"forward": "forward/rlkern"}
-    entries["forward and in-place backward"] = "forward + backward/rlkern in place"
-    rows = re.findall(
-        r"^\| (\w+), ([^|]+) \| ([\d.]+) \| ([\d.]+)[^|]* \| ([\d.]+) \| ([\d.]+) \|$",
-        README,
-        flags=re.MULTILINE,
-    )
-    assert len(rows) == 4
-    for dtype, task, *figures in rows:
-        entry = cases[names[dtype]]["entries"][entries[task]]
-        peers = entry["peers"]
-        measured = (
-            f"{1e3 * entry['seconds']['median']:.1f}",
-            f"{entry['of_ceiling']['median']:.2f}",
-            f"{peers['eager']['median']:.2g}",
-            f"{peers['torch.compile']['median']:.2g}",
-        )
-        assert tuple(figures) == measured, (dtype, task)
+    assert readme.between(README) == readme.figures(), "run python -m benchmarks.report"
 
 
 def test_folders_and_targets_exist():

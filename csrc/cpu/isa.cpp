@@ -68,6 +68,8 @@ const TokenKernels& token_kernels() { RLKERN_PICK(rlkern_token_kernels) }
 
 const ReturnKernels& return_kernels() { RLKERN_PICK(rlkern_return_kernels) }
 
+const SumKernels& sum_kernels() { RLKERN_PICK(rlkern_sum_kernels) }
+
 const ValueKernels& value_kernels() { RLKERN_PICK(rlkern_value_kernels) }
 
 const GroupKernels& group_kernels() { RLKERN_PICK(rlkern_group_kernels) }

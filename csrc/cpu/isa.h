@@ -6,6 +6,7 @@
 #include "kernels/policy_kernels.h"
 #include "kernels/return_kernels.h"
 #include "kernels/row_kernels.h"
+#include "kernels/sum_kernels.h"
 #include "kernels/value_kernels.h"
 #include "kernels/whiten_kernels.h"
 
@@ -15,6 +16,7 @@ namespace rlkern {
 const RowKernels& row_kernels();
 const TokenKernels& token_kernels();
 const ReturnKernels& return_kernels();
+const SumKernels& sum_kernels();
 const ValueKernels& value_kernels();
 const GroupKernels& group_kernels();
 const WhitenKernels& whiten_kernels();

@@ -12,6 +12,10 @@ namespace rlkern {
 // Elements below which a second thread costs more than it brings.
 constexpr int64_t kGrain = 16384;
 
+// The id of a token whose logit stands in another process's columns: its log-probability is NaN,
+// the rest of the row what it is.
+constexpr int64_t kElsewhere = -(int64_t{1} << 62);
+
 inline LogitType logit_type(const Tensor& logits) {
   switch (logits.scalar_type()) {
     case ScalarType::Float:
@@ -63,16 +67,18 @@ struct LogitRows {
   void* row_data(int64_t token) const { return data + grid.offset(token) * element_size; }
   LogitRow row(int64_t token) const {
     const float inv = token_temperature ? 1.0f / token_temperature[token] : inv_temperature;
-    return {row_data(token), vocab, ids ? ids[token] : 0, inv, softcap};
+    const int64_t id = ids ? ids[token] : 0;
+    return {row_data(token), vocab, id == kElsewhere ? -1 : id, inv, softcap};
   }
   int64_t grain() const { return kGrain / vocab + 1; }
 
   // Before anything is computed: an id read past its row would be a silent wrong number.
-  void check_values() const {
+  void check_values(bool or_elsewhere) const {
     for (int64_t i = 0; i < grid.size(); ++i) {
       if (!counts(i)) continue;
-      check(!ids || (ids[i] >= 0 && ids[i] < vocab), "token_ids: expected values in [0, ", vocab,
-            "), got ", ids ? ids[i] : 0, " at token ", i);
+      const int64_t id = ids ? ids[i] : 0;
+      check((id >= 0 && id < vocab) || (or_elsewhere && id == kElsewhere),
+            "token_ids: expected values in [0, ", vocab, "), got ", id, " at token ", i);
       check(!token_temperature || token_temperature[i] > 0,
             "temperature: expected positive values, got ",
             token_temperature ? token_temperature[i] : 0.0f, " at token ", i);

@@ -17,6 +17,11 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs_cpu(Tensor logits, Tensor toke
                                                       std::optional<double> softcap,
                                                       bool return_entropy);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs_outputs_cpu(
+    Tensor logits, Tensor token_ids, std::optional<Tensor> mask,
+    std::optional<Tensor> token_temperature, double temperature, std::optional<double> softcap,
+    bool return_entropy);
+
 Tensor token_logprobs_bwd_cpu(std::optional<Tensor> grad_logprobs,
                               std::optional<Tensor> grad_entropy, Tensor logits, Tensor token_ids,
                               std::optional<Tensor> mask, std::optional<Tensor> token_temperature,

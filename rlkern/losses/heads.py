@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -14,7 +15,7 @@ from rlkern.losses.calls import LossOutput
 from rlkern.losses.readers import POLICY_METRICS
 from rlkern.metrics import Metrics
 from rlkern.ops import _checks
-from rlkern.ops._head import MEMORY_BUDGET, checked_budget, checked_products, chunk_rows
+from rlkern.ops._head import checked_cut, checked_products
 from rlkern.ops._layout import Layout
 from rlkern.ops.policy_hidden import Head, policy_loss_hidden
 from rlkern.ops.policy_logits import policy_loss_logits
@@ -126,7 +127,8 @@ class PolicyHeads:
         logit_scale: float = 1.0,
         entropy: bool = False,
         metrics: bool = True,
-        memory_budget: int = MEMORY_BUDGET,
+        logits_dtype: torch.dtype | None = None,
+        memory_budget: int | None = None,
         batch_invariant: bool = False,
         compact: bool | None = None,
         ref_hidden: Tensor | None = None,
@@ -146,7 +148,8 @@ class PolicyHeads:
 
         Args:
             hidden: [B, T, D], or [total, D] with cu_seqlens.
-            weight, bias, logit_scale, memory_budget, batch_invariant: as in linear_token_logprobs.
+            weight, bias, logit_scale, logits_dtype, memory_budget, batch_invariant: as in
+                linear_token_logprobs.
             token_ids, advantages, temperature, softcap, entropy, mask, cu_seqlens, **given: as in
                 from_logits.
             metrics: False leaves metrics out, and so the products of tokens that only they need.
@@ -174,9 +177,9 @@ class PolicyHeads:
             scale, rows.temperature, rows.token_temperature, rows.softcap
         )
         rows = RowArguments(rows.token_ids, rows.mask, per_token, number, cap)
-        held = h.element_size() * (1 if ref_hidden is None else 2)
-        count = chunk_rows(w.shape[0], held, checked_budget(memory_budget))
-        head = Head(h, w, b, count, _flag(batch_invariant, "batch_invariant"))
+        models = 1 if ref_hidden is None else 2
+        cut = checked_cut(h, w, memory_budget, batch_invariant, logits_dtype, models)
+        head = Head(h, w, b, cut)
         if compact is None:
             compact = h.device.type == "cpu"
         measured = _wants_entropy(self, entropy)
@@ -235,8 +238,10 @@ def _collected(
 ) -> tuple[Batch, Denominators]:
     """What a call of the loss takes, checked; in the place of the log-probabilities stands a tensor
     of their shape that takes no memory."""
-    for name in given.keys() - set(_GIVEN):
-        _checks.one_of(name, _GIVEN, "argument")
+    for name in sorted(given.keys() - set(_GIVEN)):
+        near = difflib.get_close_matches(name, _GIVEN, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"unexpected keyword argument {name!r}{hint}")
     batch = Batch(
         torch.empty((), dtype=layout.dtype, device=layout.device).expand(layout.shape),
         layout.per_sequence_or_token(advantages, "advantages"),

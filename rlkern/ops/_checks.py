@@ -117,6 +117,11 @@ def require_ids(value: object, name: str, rows: Tensor, of: str = "logits") -> T
     return ids.long()
 
 
+#: The id of a token whose logit stands in another process's columns. Its log-probability is NaN,
+#: the rest of its row what it is. A number that no trainer uses to mark padding.
+ELSEWHERE = -(1 << 62)
+
+
 def as_flags(tensor: Tensor, name: str) -> Tensor:
     """A mask as bool: true, or not 0, where a token counts."""
     if tensor.is_floating_point() or tensor.is_complex():
@@ -242,7 +247,11 @@ def require_finite(tensor: Tensor, name: str, where: Tensor | None = None) -> No
 
 
 def check_token_values(
-    ids: Tensor, mask: Tensor | None, temperature: Tensor | None, vocab: int
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    vocab: int,
+    or_elsewhere: bool = False,
 ) -> None:
     """Raises ValueError for an id outside [0, vocab) or a temperature that is not positive.
 
@@ -250,7 +259,10 @@ def check_token_values(
     """
     if not values_are_checked(ids):
         return
-    where = first_offence((ids < 0) | (ids >= vocab), mask)
+    outside = (ids < 0) | (ids >= vocab)
+    if or_elsewhere:
+        outside &= ids != ELSEWHERE
+    where = first_offence(outside, mask)
     if where is not None:
         at = ", ".join(map(str, where))
         raise ValueError(

@@ -6,32 +6,67 @@ the vocabulary and the dtype, not from how many tokens there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlkern.ops import _checks
+from rlkern.ops import _checks, _register
 
-#: Bytes of logits that a call holds at a time, unless it says otherwise.
-MEMORY_BUDGET = 96 << 20
+#: Bytes of logits that a call holds at a time, unless it says otherwise. On a GPU chunks of fewer
+#: than some 2048 tokens are bound by the traffic of the weight's gradient; a CPU's are not.
+MEMORY_BUDGET = {"cpu": 64 << 20, "cuda": 1 << 30}
 # Chunks are whole multiples of what the matrix kernels work on at a time.
 _ROWS = 64
-# Of the weight gradient that one chunk gives, before it is added to the sum.
-_PART_BYTES = 16 << 20
+# Of the weight's gradient that one chunk gives, before it is added to the sum, and of the weight
+# widened for logits in fp32.
+_PART_BYTES = 8 << 20
 
 
-def checked_budget(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"memory_budget: expected an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"memory_budget: expected at least 1 byte, got {value}")
-    return value
+class Cut(NamedTuple):
+    """How the products with the lm_head are cut, and in what dtype the logits come out."""
+
+    rows: int  # tokens of a chunk, whatever their number
+    invariant: bool
+    wide: bool  # in float32, though the factors are not
 
 
-def chunk_rows(vocab: int, element_size: int, memory_budget: int) -> int:
+def default_budget(device: torch.device) -> int:
+    return MEMORY_BUDGET.get(device.type, MEMORY_BUDGET["cuda"])
+
+
+def chunk_rows(row_bytes: int, memory_budget: int) -> int:
     """Tokens of a chunk: not a matter of how many there are."""
-    return max(memory_budget // (vocab * element_size) // _ROWS, 1) * _ROWS
+    return max(memory_budget // row_bytes // _ROWS, 1) * _ROWS
+
+
+def checked_cut(
+    hidden: Tensor,
+    weight: Tensor,
+    memory_budget: object,
+    batch_invariant: object,
+    logits_dtype: object = None,
+    models: int = 1,
+) -> Cut:
+    """`models`: how many there are, of each of which a chunk's logits are held."""
+    if memory_budget is None:
+        memory_budget = default_budget(hidden.device)
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
+        raise TypeError(f"memory_budget: expected an int, got {type(memory_budget).__name__}")
+    if memory_budget < 1:
+        raise ValueError(f"memory_budget: expected at least 1 byte, got {memory_budget}")
+    if not isinstance(batch_invariant, bool):
+        raise TypeError(f"batch_invariant: expected a bool, got {batch_invariant!r}")
+    if logits_dtype is not None and logits_dtype is not torch.float32:
+        raise ValueError(f"logits_dtype: expected None or torch.float32, got {logits_dtype!r}")
+    if logits_dtype is not None and hidden.dtype == torch.float64:
+        raise ValueError("logits_dtype: expected None with float64 hidden, got torch.float32")
+    wide = logits_dtype is not None and hidden.dtype != torch.float32
+    # Beside wide logits stands their gradient, rounded for the products.
+    size = hidden.element_size() + (4 if wide else 0)
+    rows = chunk_rows(weight.shape[0] * size * models, memory_budget)
+    return Cut(rows, batch_invariant, wide)
 
 
 def checked_products(
@@ -102,38 +137,57 @@ class Logits:
     """The logits of one chunk after the other, in the same memory: fresh memory is mapped at its
     first write, which takes as long as the row pass does."""
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: int, invariant: bool
-    ) -> None:
-        self.hidden, self.weight, self.bias = hidden, weight, bias
-        self.rows, self.invariant = rows, invariant
-        self.memory = hidden.new_empty(0, weight.shape[0])
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, cut: Cut) -> None:
+        self.hidden, self.weight, self.bias, self.cut = hidden, weight, bias, cut
+        self.dtype = torch.float32 if cut.wide else hidden.dtype
+        self.memory = self._room(0)
+
+    def _room(self, rows: int) -> Tensor:
+        return self.hidden.new_empty(rows, self.weight.shape[0], dtype=self.dtype)
 
     def of(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Hidden states and logits; with `invariant` padded to the shape that every product has.
         The next call writes over the logits."""
         h = self.hidden[chunk.rows]
-        if self.invariant and chunk.count < self.rows:
-            h = torch.cat([h, h.new_zeros(self.rows - chunk.count, h.shape[1])])
+        if self.cut.invariant and chunk.count < self.cut.rows:
+            h = torch.cat([h, h.new_zeros(self.cut.rows - chunk.count, h.shape[1])])
         if self.memory.shape[0] < h.shape[0]:
-            self.memory = self.hidden.new_empty(h.shape[0], self.weight.shape[0])
+            self.memory = self._room(h.shape[0])
         z = self.memory[: h.shape[0]]
-        if self.bias is None:
+        if self.cut.wide:
+            self._multiply_wide(h, z)
+        elif self.bias is None:
             torch.mm(h, self.weight.t(), out=z)
         else:
             torch.addmm(self.bias, h, self.weight.t(), out=z)
         return h, z
 
+    def _multiply_wide(self, h: Tensor, z: Tensor) -> None:
+        if h.device.type == "cuda":
+            torch.ops.aten.mm.dtype_out(h, self.weight.t(), torch.float32, out=z)
+        else:
+            # No product here takes 16-bit factors and keeps fp32 sums: a part of the weight is
+            # widened at a time.
+            h = h.float()
+            part = max(_PART_BYTES // (4 * h.shape[1]), 1)
+            for begin in range(0, z.shape[1], part):
+                columns = slice(begin, begin + part)
+                z[:, columns] = h @ self.weight[columns].float().t()
+        if self.bias is not None:
+            z += self.bias
+
 
 class GradientSum:
     """A gradient that several chunks give parts of, added in fp32 (fp64 for fp64).
 
-    The first part stays as the product gave it: a single chunk needs no sum.
+    The first part stays as the product gave it: a single chunk needs no sum. On a GPU the parts of
+    16-bit factors come in fp32; a CPU rounds each to their dtype first.
     """
 
-    def __init__(self, like: Tensor) -> None:
-        self.like = like
+    def __init__(self, like: Tensor, backend: str, several: bool) -> None:
+        self.like, self.backend = like, backend
         self.wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        self.unrounded = several and like.device.type == "cuda" and like.element_size() == 2
         self.first: Tensor | None = None
         self.sum: Tensor | None = None
 
@@ -147,7 +201,10 @@ class GradientSum:
         """Of the weight: grads^T hidden."""
         total = self._begun()
         if total is None:
-            self.first = torch.mm(grads.t(), hidden)
+            if self.unrounded:
+                self.sum = torch.mm(grads.t(), hidden, out_dtype=torch.float32)
+            else:
+                self.first = torch.mm(grads.t(), hidden)
             return
         if total.dtype == grads.dtype:
             total.addmm_(grads.t(), hidden)
@@ -157,7 +214,18 @@ class GradientSum:
         part = max(_PART_BYTES // (hidden.shape[1] * hidden.element_size()), 1)
         for begin in range(0, total.shape[0], part):
             columns = slice(begin, begin + part)
-            total[columns] += torch.mm(grads[:, columns].t(), hidden)
+            factors = grads[:, columns].t(), hidden
+            if self.unrounded:
+                self._add(total[columns], torch.mm(*factors, out_dtype=torch.float32))
+            else:
+                self._add(total[columns], torch.mm(*factors))
+
+    def _add(self, total: Tensor, part: Tensor) -> None:
+        if self.backend == "native":
+            # torch's own widens the part in memory first.
+            _register.overload("add_widened_", "native")(total, part)
+        else:
+            total += part
 
     def add(self, grads: Tensor) -> None:
         """Of the bias."""
@@ -173,16 +241,26 @@ class HeadGradients:
     """The gradients of hidden, weight and bias, those that are needed, chunk by chunk."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        cut: Cut,
+        backend: str,
+        needs: Sequence[bool],
     ) -> None:
         self.hidden, self.weight = hidden, weight
+        several = hidden.shape[0] > cut.rows
         self.of_hidden = torch.zeros_like(hidden) if needs[0] else None
-        self.of_weight = GradientSum(weight) if needs[1] else None
-        self.of_bias = GradientSum(bias) if needs[2] and bias is not None else None
+        self.of_weight = GradientSum(weight, backend, several) if needs[1] else None
+        self.of_bias = None
+        if needs[2] and bias is not None:
+            self.of_bias = GradientSum(bias, backend, several)
 
     def add(self, chunk: Chunk, h: Tensor, z: Tensor) -> None:
         """From the gradient of a chunk's logits, which has taken their place."""
         z[chunk.count :] = 0
+        z = z.to(h.dtype)
         grads = z[: chunk.count]
         if self.of_hidden is not None:
             self.of_hidden[chunk.rows] = torch.mm(z, self.weight)[: chunk.count]

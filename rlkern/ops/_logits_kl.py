@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlkern.ops import _register, policy_rows
 from rlkern.ops._exact_kl import ReferenceLogits, divergence_arguments, with_kl
-from rlkern.ops._head import MEMORY_BUDGET, chunk_rows
+from rlkern.ops._head import chunk_rows, default_budget
 from rlkern.ops.kl_divergence import divergence_of
 from rlkern.ops.policy_loss import policy_loss
 from rlkern.ops.policy_rows import RowArguments, TokenArguments
@@ -44,7 +44,7 @@ def rows_with_kl(
     kl = torch.empty_like(logprobs)
     scale = None if reference.scale is None else reference.scale.reshape(-1)
     rows, tokens = rows.flat(), tokens.flat()
-    count = chunk_rows(vocab, logits.element_size(), MEMORY_BUDGET)
+    count = chunk_rows(vocab * logits.element_size(), default_budget(logits.device))
     buffer = logits.new_empty(0 if scale is None else min(count, total), vocab)
     for span, z, r, g in _blocks((logits, reference.logits, grad), count):
         ids, mask, temperature = (x if x is None else x[span] for x in rows[:3])

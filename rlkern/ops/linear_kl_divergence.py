@@ -15,12 +15,11 @@ from torch import Tensor
 from rlkern import _backend
 from rlkern.ops import _checks, _register
 from rlkern.ops._head import (
-    MEMORY_BUDGET,
+    Cut,
     HeadGradients,
     Logits,
-    checked_budget,
+    checked_cut,
     checked_products,
-    chunk_rows,
     chunks,
 )
 from rlkern.ops.kl_divergence import DivergenceArguments, checked_arguments
@@ -42,7 +41,8 @@ def linear_kl_divergence(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    memory_budget: int = MEMORY_BUDGET,
+    logits_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
     """The exact divergence from hidden states and lm_heads, neither's logits ever whole.
@@ -63,7 +63,7 @@ def linear_kl_divergence(
         logit_scale: a positive number (1e-37 to 1e37) that multiplies h W^T + b.
         memory_budget: bytes of logits in memory at a time, of both together, at least enough for 64
             tokens.
-        batch_invariant: as in linear_token_logprobs.
+        logits_dtype, batch_invariant: as in linear_token_logprobs.
 
     Returns:
         [...], float32 (float64 for float64 hidden).
@@ -78,15 +78,13 @@ def linear_kl_divergence(
     reference = checked_reference_head(hidden, weight, ref_hidden, ref_weight, ref_bias)
     given = checked_arguments(hidden, "hidden", mask, divergence, beta, temperature, softcap)
     scale = _checks.positive_number(logit_scale, "logit_scale")
-    rows = chunk_rows(weight.shape[0], 2 * hidden.element_size(), checked_budget(memory_budget))
-    if not isinstance(batch_invariant, bool):
-        raise TypeError(f"batch_invariant: expected a bool, got {batch_invariant!r}")
+    cut = checked_cut(hidden, weight, memory_budget, batch_invariant, logits_dtype, models=2)
     number, per_token, cap = without_scale(
         scale, given.temperature, given.token_temperature, given.softcap
     )
     given = given._replace(temperature=number, token_temperature=per_token, softcap=cap)
     backend = _backend.choose("vocab_divergence", hidden.device.type, hidden.dtype)
-    return head_divergence(hidden, weight, bias, reference, rows, batch_invariant, given, backend)
+    return head_divergence(hidden, weight, bias, reference, cut, given, backend)
 
 
 def checked_reference_head(
@@ -118,8 +116,7 @@ def head_divergence(
     weight: Tensor,
     bias: Tensor | None,
     reference: tuple[Tensor, Tensor, Tensor | None],
-    rows: int,
-    invariant: bool,
+    cut: Cut,
     given: DivergenceArguments,
     backend: str,
 ) -> Tensor:
@@ -133,8 +130,7 @@ def head_divergence(
         ref_weight,
         ref_bias,
         *given.changed(lambda x: x.reshape(-1)),
-        rows,
-        invariant,
+        *cut,
         backend,
     )
     return value.view(hidden.shape[:-1])
@@ -144,14 +140,15 @@ def head_divergence(
 
 
 def _forward(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, *args):
-    given, (rows, invariant, backend) = DivergenceArguments(*args[:6]), args[6:]
+    given, (rows, invariant, wide, backend) = DivergenceArguments(*args[:6]), args[6:]
     value, state = _fake(hidden)
     # Masked tokens, which no chunk may hold, stay 0.
     value.zero_()
     state.zero_()
     row_pass = _register.overload("vocab_divergence", backend)
-    logits = Logits(hidden, weight, bias, rows, invariant)
-    ref_logits = Logits(ref_hidden, ref_weight, ref_bias, rows, invariant)
+    cut = Cut(rows, invariant, wide)
+    logits = Logits(hidden, weight, bias, cut)
+    ref_logits = Logits(ref_hidden, ref_weight, ref_bias, cut)
     for chunk in chunks(hidden.shape[0], given.mask, rows):
         z, r = (each.of(chunk)[1][: chunk.count] for each in (logits, ref_logits))
         value[chunk.rows], state[chunk.rows] = row_pass(z, r, *given.changed(chunk.of))
@@ -159,11 +156,13 @@ def _forward(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, *args):
 
 
 def _backward(grad_value, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, *args):
-    given, (state, rows, invariant, backend, needs) = DivergenceArguments(*args[:6]), args[6:]
-    gradients = HeadGradients(hidden, weight, bias, needs)
+    given = DivergenceArguments(*args[:6])
+    state, rows, invariant, wide, backend, needs = args[6:]
+    cut = Cut(rows, invariant, wide)
+    gradients = HeadGradients(hidden, weight, bias, cut, backend, needs)
     row_pass = _register.overload("vocab_divergence_bwd_", backend)
-    logits = Logits(hidden, weight, bias, rows, invariant)
-    ref_logits = Logits(ref_hidden, ref_weight, ref_bias, rows, invariant)
+    logits = Logits(hidden, weight, bias, cut)
+    ref_logits = Logits(ref_hidden, ref_weight, ref_bias, cut)
     for chunk in chunks(hidden.shape[0], given.mask, rows):
         h, whole = logits.of(chunk)
         z, r = whole[: chunk.count], ref_logits.of(chunk)[1][: chunk.count]
@@ -173,8 +172,9 @@ def _backward(grad_value, hidden, weight, bias, ref_hidden, ref_weight, ref_bias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, temperature, softcap, kind, beta, rows, invariant, backend = inputs
-    ctx.numbers, ctx.cut = (temperature, softcap, kind, beta), (rows, invariant, backend)
+    *tensors, temperature, softcap, kind, beta, rows, invariant, wide, backend = inputs
+    ctx.numbers = (temperature, softcap, kind, beta)
+    ctx.cut = (rows, invariant, wide, backend)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, output[1])
 
@@ -186,7 +186,7 @@ def _autograd(ctx: Any, grad_value: Tensor, _: Any) -> Any:
         grad_value, *tensors, *ctx.numbers, state, *ctx.cut, needs
     )
     grads = (grad if needed else None for grad, needed in zip(found, needs, strict=True))
-    return *grads, *[None] * 12
+    return *grads, *[None] * 13
 
 
 def _fake(hidden, *rest):

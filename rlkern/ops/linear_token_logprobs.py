@@ -7,25 +7,39 @@ where neither the weight nor the bias needs a gradient, and the logits'.
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from rlkern import _backend
-from rlkern.ops import _checks, _register
+from rlkern.ops import _checks, _register, _vocab_parallel
 from rlkern.ops._head import (
-    MEMORY_BUDGET,
-    GradientSum,
+    Cut,
+    HeadGradients,
     Logits,
-    checked_budget,
+    checked_cut,
     checked_products,
-    chunk_rows,
     chunks,
 )
+from rlkern.ops._vocab_parallel import Columns
 from rlkern.ops.policy_rows import RowArguments
 from rlkern.ops.token_logprobs import TokenLogprobs
 from rlkern.reference import linear_token_logprobs as reference
+
+#: What linear_token_logprobs also gives of its pass over the logits, as its fields are ordered.
+OUTPUTS = ("mean_logits", "is_top1", "log_sum_sq_probs")
+
+
+class TokenOutputs(NamedTuple):
+    """What linear_token_logprobs returns with ``outputs``."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    mean_logits: Tensor | None
+    is_top1: Tensor | None
+    log_sum_sq_probs: Tensor | None
 
 
 @overload
@@ -40,8 +54,10 @@ def linear_token_logprobs(
     softcap: float | None = ...,
     logit_scale: float = ...,
     return_entropy: Literal[False] = ...,
-    memory_budget: int = ...,
+    logits_dtype: torch.dtype | None = ...,
+    memory_budget: int | None = ...,
     batch_invariant: bool = ...,
+    vocab_group: Any = ...,
 ) -> Tensor: ...
 @overload
 def linear_token_logprobs(
@@ -55,9 +71,29 @@ def linear_token_logprobs(
     softcap: float | None = ...,
     logit_scale: float = ...,
     return_entropy: Literal[True],
-    memory_budget: int = ...,
+    logits_dtype: torch.dtype | None = ...,
+    memory_budget: int | None = ...,
     batch_invariant: bool = ...,
+    vocab_group: Any = ...,
 ) -> TokenLogprobs: ...
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    return_entropy: bool = ...,
+    outputs: Sequence[str],
+    logits_dtype: torch.dtype | None = ...,
+    memory_budget: int | None = ...,
+    batch_invariant: bool = ...,
+    vocab_group: Any = ...,
+) -> TokenOutputs: ...
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -69,9 +105,12 @@ def linear_token_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     return_entropy: bool = False,
-    memory_budget: int = MEMORY_BUDGET,
+    outputs: Sequence[str] = (),
+    logits_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
     batch_invariant: bool = False,
-) -> Tensor | TokenLogprobs:
+    vocab_group: Any = None,
+) -> Tensor | TokenLogprobs | TokenOutputs:
     """Log-probability of chosen tokens from hidden states and the lm_head, the logits never whole.
 
     With z = softcap(logit_scale * (h W^T + b)) / temperature the results are those of
@@ -91,15 +130,28 @@ def linear_token_logprobs(
         mask, temperature, softcap, return_entropy: as in token_logprobs.
         logit_scale: a positive number (1e-37 to 1e37) that multiplies h W^T + b, as in Cohere's
             models; 1 / logits_scaling in Granite's.
-        memory_budget: bytes of logits in memory at a time, at least enough for 64 tokens. Fewer,
-            larger chunks are faster: the weight's gradient is read and written once a chunk.
+        outputs: more of the same pass over the logits, without gradient, by name: "mean_logits",
+            the mean of z over the vocabulary; "is_top1", whether the token is the argmax of z, the
+            first of equal ones; "log_sum_sq_probs", log sum_j p_j^2. The names are TRL's.
+        logits_dtype: torch.float32 keeps the logits of 16-bit factors unrounded; their gradient is
+            rounded for the products. On a GPU that costs the wider logits' traffic, on a CPU, which
+            has no such product, the time of a product in fp32. None: the dtype of hidden.
+        memory_budget: bytes of logits in memory at a time (None: 64 MiB on a CPU, 1 GiB on a GPU),
+            at least enough for 64 tokens. Fewer, larger chunks are faster: the weight's gradient is
+            read and written once a chunk.
         batch_invariant: every product has the same shape, whatever the number of tokens, by padding
             the last chunk with zeros; a token's results and the gradient of its hidden state then
             do not depend on the batch around it, on one machine with one number of threads.
+        vocab_group: a torch.distributed process group over whose ranks the lm_head is spread: each
+            holds V consecutive rows of it, in the order of the ranks, the same hidden states and
+            the same of everything else; token_ids then count over all rows. As in token_logprobs,
+            with one all-reduce more in the backward, of the gradient of hidden, which every rank
+            gets whole.
 
     Returns:
         logprobs [...], float32 (float64 for float64 hidden); with return_entropy a
-        TokenLogprobs (logprobs, entropy).
+        TokenLogprobs (logprobs, entropy); with outputs a TokenOutputs (logprobs, entropy,
+        mean_logits, is_top1, log_sum_sq_probs), of which what was not asked for is None.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape, device or range, as in token_logprobs.
@@ -113,43 +165,63 @@ def linear_token_logprobs(
     if softcap is not None:
         softcap = _checks.positive_number(softcap, "softcap")
     scale = _checks.positive_number(logit_scale, "logit_scale")
-    rows = chunk_rows(weight.shape[0], hidden.element_size(), checked_budget(memory_budget))
-    if not isinstance(batch_invariant, bool):
-        raise TypeError(f"batch_invariant: expected a bool, got {batch_invariant!r}")
-    _checks.check_token_values(ids, mask, per_token, weight.shape[0])
+    cut = checked_cut(hidden, weight, memory_budget, batch_invariant, logits_dtype)
+    names = _checked_outputs(outputs, vocab_group)
+    columns = None
+    if vocab_group is not None:
+        columns = _vocab_parallel.Columns.of(weight.shape[0], vocab_group, hidden.device)
+    vocab = weight.shape[0] if columns is None else columns.total
+    _checks.check_token_values(ids, mask, per_token, vocab)
     number, per_token, softcap = reference.without_scale(scale, number, per_token, softcap)
     arguments = RowArguments(ids, mask, per_token, number, softcap)
-    logprobs, entropy = head_logprobs(
-        hidden, weight, bias, rows, batch_invariant, arguments, return_entropy
+    logprobs, entropy, more = head_logprobs(
+        hidden, weight, bias, cut, arguments, return_entropy, bool(names), columns
     )
+    if names:
+        mean, squares, top = more.unbind(-1)
+        found = {"mean_logits": mean, "is_top1": top != 0, "log_sum_sq_probs": squares}
+        return TokenOutputs(logprobs, entropy, *(found[n] if n in names else None for n in OUTPUTS))
     if entropy is None:
         return logprobs
     return TokenLogprobs(logprobs, entropy)
+
+
+def _checked_outputs(outputs: object, vocab_group: object) -> frozenset[str]:
+    if isinstance(outputs, str) or not isinstance(outputs, Sequence):
+        raise TypeError(f"outputs: expected a sequence of names, got {outputs!r}")
+    for name in outputs:
+        _checks.one_of(name, OUTPUTS, "outputs")
+    if outputs and vocab_group is not None:
+        raise ValueError(f"outputs: expected none with a vocab_group, got {tuple(outputs)}")
+    return frozenset(outputs)
 
 
 def head_logprobs(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    rows: int,
-    invariant: bool,
+    cut: Cut,
     arguments: RowArguments,
     return_entropy: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """logprobs [...] and entropy, differentiable, from checked arguments."""
+    outputs: bool = False,
+    columns: Columns | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """logprobs [...] and entropy, differentiable, and outputs [..., 3], from checked arguments."""
     backend = _backend.choose("token_logprobs", hidden.device.type, hidden.dtype)
-    logprobs, entropy, _ = torch.ops.rlkern.linear_token_logprobs(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        *arguments.flat(),
-        return_entropy,
-        rows,
-        invariant,
-        backend,
-    )
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    args = (*arguments.flat(), return_entropy, outputs, *cut, backend)
+    more = flat
+    if columns is None:
+        operator = torch.ops.rlkern.linear_token_logprobs
+        logprobs, entropy, _, more = operator(flat, weight, bias, *args)
+    else:
+        logprobs, entropy = _Parallel.apply(columns, flat, weight, bias, *args)
     shape = hidden.shape[:-1]
-    return logprobs.view(shape), entropy.view(shape) if return_entropy else None
+    return (
+        logprobs.view(shape),
+        entropy.view(shape) if return_entropy else None,
+        more.view(*shape, 3) if outputs else more,
+    )
 
 
 # ---- the operator ------------------------------------------------------------------------------
@@ -157,7 +229,7 @@ def head_logprobs(
 
 def _forward(
     hidden, weight, bias, token_ids, mask, token_temperature, temperature, softcap, return_entropy,
-    rows, invariant, backend,
+    outputs, rows, invariant, wide, backend,
 ):  # fmt: skip
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     total = hidden.shape[0]
@@ -165,29 +237,32 @@ def _forward(
     logprobs = hidden.new_zeros(total, dtype=dtype)
     entropy = hidden.new_zeros(total if return_entropy else 0, dtype=dtype)
     state = hidden.new_zeros((total, 2), dtype=dtype)
-    row_pass = _register.overload("token_logprobs", backend)
-    logits = Logits(hidden, weight, bias, rows, invariant)
+    more = hidden.new_zeros((total, 3) if outputs else 0, dtype=dtype)
+    row_pass = _register.overload(
+        "token_logprobs_outputs" if outputs else "token_logprobs", backend
+    )
+    logits = Logits(hidden, weight, bias, Cut(rows, invariant, wide))
     for chunk in chunks(hidden.shape[0], mask, rows):
         _, z = logits.of(chunk)
-        logprobs[chunk.rows], found, state[chunk.rows] = row_pass(
+        logprobs[chunk.rows], found, state[chunk.rows], *also = row_pass(
             z[: chunk.count], chunk.of(token_ids), chunk.of(mask), chunk.of(token_temperature),
             temperature, softcap, return_entropy,
         )  # fmt: skip
         if return_entropy:
             entropy[chunk.rows] = found
-    return logprobs, entropy, state
+        if outputs:
+            more[chunk.rows] = also[0]
+    return logprobs, entropy, state, more
 
 
 def _backward(
     grad_logprobs, grad_entropy, hidden, weight, bias, token_ids, mask, token_temperature,
-    temperature, softcap, logprobs, entropy, state, rows, invariant, backend, needs,
+    temperature, softcap, logprobs, entropy, state, rows, invariant, wide, backend, needs,
 ):  # fmt: skip
-    needs_hidden, needs_weight, needs_bias = needs
-    grad_hidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty(0)
-    of_weight = GradientSum(weight) if needs_weight else None
-    of_bias = GradientSum(bias) if needs_bias else None
+    cut = Cut(rows, invariant, wide)
+    gradients = HeadGradients(hidden, weight, bias, cut, backend, needs)
     row_pass = _register.overload("token_logprobs_bwd_", backend)
-    logits = Logits(hidden, weight, bias, rows, invariant)
+    logits = Logits(hidden, weight, bias, cut)
     for chunk in chunks(hidden.shape[0], mask, rows):
         h, z = logits.of(chunk)
         grads = z[: chunk.count]
@@ -197,45 +272,63 @@ def _backward(
             chunk.of(logprobs), chunk.of(entropy) if entropy.numel() else entropy,
             state[chunk.rows],
         )  # fmt: skip
-        z[chunk.count :] = 0
-        if needs_hidden:
-            grad_hidden[chunk.rows] = torch.mm(z, weight)[: chunk.count]
-        if of_weight is not None:
-            of_weight.add_product(grads, h[: chunk.count])
-        if of_bias is not None:
-            of_bias.add(grads)
-    return (
-        grad_hidden,
-        hidden.new_empty(0) if of_weight is None else of_weight.result(),
-        hidden.new_empty(0) if of_bias is None else of_bias.result(),
-    )
+        gradients.add(chunk, h, z)
+    return gradients.results()
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, ids, mask, per_token, *ctx.numbers = inputs
-    logprobs, entropy, state = output
-    ctx.mark_non_differentiable(state)
+    logprobs, entropy, state, more = output
+    ctx.mark_non_differentiable(state, more)
     ctx.save_for_backward(hidden, weight, bias, ids, mask, per_token, logprobs, entropy, state)
 
 
-def _autograd(ctx: Any, *grads: Tensor | None) -> Any:
-    temperature, softcap, return_entropy, rows, invariant, backend = ctx.numbers
+def _gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> Any:
+    temperature, softcap, return_entropy, _, rows, invariant, wide, backend = ctx.numbers
     *tensors, logprobs, entropy, state = ctx.saved_tensors
     found = torch.ops.rlkern.linear_token_logprobs_bwd(
         grads[0], grads[1] if return_entropy else None, *tensors, temperature, softcap, logprobs,
-        entropy, state, rows, invariant, backend, list(ctx.needs_input_grad[:3]),
+        entropy, state, rows, invariant, wide, backend, list(needs),
     )  # fmt: skip
-    needed = zip(found, ctx.needs_input_grad, strict=False)
-    return (*(grad if needs else None for grad, needs in needed), *[None] * 9)
+    return tuple(grad if needed else None for grad, needed in zip(found, needs, strict=True))
+
+
+def _autograd(ctx: Any, *grads: Tensor | None) -> Any:
+    return *_gradients(ctx, grads, ctx.needs_input_grad[:3]), *[None] * 11
+
+
+class _Parallel(torch.autograd.Function):
+    """Of a lm_head that is spread over processes; of eager mode, for its collectives."""
+
+    @staticmethod
+    def forward(ctx: Any, columns: Columns, *args: Any) -> tuple[Tensor, Tensor]:
+        hidden, weight, bias, ids, mask, per_token, temperature, *numbers = args
+        here = columns.own_ids(ids)
+        inputs = (hidden, weight, bias, here, mask, per_token, temperature, *numbers)
+        inverse = 1.0 / temperature if per_token is None else 1.0 / per_token.double()
+        logprobs, entropy, state, more = _forward(*inputs)
+        output = columns.merged(logprobs, entropy, state, here, mask, inverse)
+        ctx.columns = columns
+        _setup_context(ctx, inputs, (*output, more))
+        return output[0], output[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        _register.refuse_create_graph("linear_token_logprobs")
+        of_hidden, *rest = _gradients(ctx, grads, ctx.needs_input_grad[1:4])
+        if of_hidden is not None:
+            of_hidden = ctx.columns.summed(of_hidden)
+        return None, of_hidden, *rest, *[None] * 11
 
 
 def _fake(hidden, weight, bias, *rest):
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    total, return_entropy = hidden.shape[0], rest[5]
+    total, return_entropy, outputs = hidden.shape[0], rest[5], rest[6]
     return (
         hidden.new_empty((total,), dtype=dtype),
         hidden.new_empty((total if return_entropy else 0,), dtype=dtype),
         hidden.new_empty((total, 2), dtype=dtype),
+        hidden.new_empty((total, 3) if outputs else (0,), dtype=dtype),
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from rlkern import _backend
 from rlkern.ops import _register, policy_rows
 from rlkern.ops._exact_kl import ChunkedKl, ReferenceHead, divergence_arguments, with_kl
-from rlkern.ops._head import Chunk, GradientSum, Logits, chunks
+from rlkern.ops._head import Chunk, Cut, HeadGradients, Logits, chunks
 from rlkern.ops.linear_kl_divergence import head_divergence
 from rlkern.ops.linear_token_logprobs import head_logprobs
 from rlkern.ops.policy_logits import WholeArguments, loss_and_metrics, whole_arguments
@@ -26,6 +26,9 @@ from rlkern.ops.policy_rows import RowArguments, TokenArguments
 from rlkern.reference import policy_loss as definition
 from rlkern.reference.aggregation import Denominators
 
+# One row in so many is too few to be worth moving others.
+_FEW = 16
+
 
 class Head(NamedTuple):
     """The lm_head's factors and how its products are cut."""
@@ -33,8 +36,7 @@ class Head(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    rows: int
-    invariant: bool
+    cut: Cut
 
 
 class SequenceArguments(NamedTuple):
@@ -65,17 +67,17 @@ def policy_loss_hidden(
     backend = _backend.choose("policy_loss", hidden.device.type, hidden.dtype)
     needs = [factor is not None and factor.requires_grad for factor in (hidden, weight, bias)]
     if backend == "eager" or not torch.is_grad_enabled() or not any(needs):
-        logprobs, entropy = head_logprobs(*head, rows, return_entropy)
+        logprobs, entropy, _ = head_logprobs(*head, rows, return_entropy)
         value, vector = policy_loss(loss, batch._replace(logprobs=logprobs, entropy=entropy), given)
         if reference is None:
             return value, vector
         kl = head_divergence(
-            *head[:3], reference[:3], *head[3:], divergence_arguments(rows), backend
+            *head[:3], reference[:3], head.cut, divergence_arguments(rows), backend
         )
         return with_kl(value, vector, kl, reference.scale)
     of_kl = reference or (None,) * 4
     whole = whole_arguments(loss, batch, given)
-    cut = (head.rows, head.invariant, backend, needs)
+    cut = (*head.cut, backend, needs)
     if not policy_rows.is_separable(loss):
         of_sequences = SequenceArguments(
             batch.advantages,
@@ -121,13 +123,11 @@ class _Pass:
         self.logits = Logits(*head)
         self.kl = None
         if reference[0] is not None:
-            self.kl = ChunkedKl(ReferenceHead(*reference), rows, head.rows, head.invariant, backend)
+            self.kl = ChunkedKl(ReferenceHead(*reference), rows, head.cut, backend)
         hidden, total = head.hidden, head.hidden.shape[0]
         self.logprobs = hidden.new_zeros(total, dtype=torch.float32)
         self.entropy = hidden.new_zeros(total if return_entropy else 0, dtype=torch.float32)
-        self.grad_hidden = torch.zeros_like(hidden) if needs[0] else None
-        self.of_weight = GradientSum(head.weight) if needs[1] else None
-        self.of_bias = GradientSum(head.bias) if needs[2] and head.bias is not None else None
+        self.grads = HeadGradients(*head, backend, needs)
 
     def look(self, chunk: Chunk, z: Tensor) -> Tensor:
         """Log-probabilities and entropy; returns the row pass's state."""
@@ -153,16 +153,9 @@ class _Pass:
 
     def multiply(self, chunk: Chunk, h: Tensor, z: Tensor, of_kl: Tensor | None) -> None:
         """The gradients, from that of the logits, which has taken their place, and the KL's."""
-        z[chunk.count :] = 0
-        grads = z[: chunk.count]
         if of_kl is not None:
-            grads += of_kl
-        if self.grad_hidden is not None:
-            self.grad_hidden[chunk.rows] = torch.mm(z, self.head.weight)[: chunk.count]
-        if self.of_weight is not None:
-            self.of_weight.add_product(grads, h[: chunk.count])
-        if self.of_bias is not None:
-            self.of_bias.add(grads)
+            z[: chunk.count] += of_kl
+        self.grads.add(chunk, h, z)
 
     def loss(
         self, shape: torch.Size, mask: Tensor | None, given: tuple[Any, ...], whole: WholeArguments
@@ -177,16 +170,14 @@ class _Pass:
         return with_kl(value, vector, self.kl.value, self.kl.scale)
 
     def gradients(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
-        like = self.head.hidden
-        return (
-            like.new_empty(0) if self.grad_hidden is None else self.grad_hidden.view(shape),
-            like.new_empty(0) if self.of_weight is None else self.of_weight.result(),
-            like.new_empty(0) if self.of_bias is None else self.of_bias.result(),
-        )
+        of_hidden, of_weight, of_bias = self.grads.results()
+        if self.grads.of_hidden is not None:
+            of_hidden = of_hidden.view(shape)
+        return of_hidden, of_weight, of_bias
 
 
-def _flat_head(hidden: Tensor, *rest: Any) -> Head:
-    return Head(hidden.reshape(-1, hidden.shape[-1]), *rest)
+def _flat_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *cut: Any) -> Head:
+    return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, Cut(*cut))
 
 
 # ---- losses that are separable by token ----------------------------------------------------------
@@ -196,9 +187,9 @@ def _by_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) 
     reference, args = rest[:4], rest[4:]
     rows, tokens = RowArguments(*args[:5]), TokenArguments(*args[5:13])
     whole = WholeArguments(*args[13:18])
-    return_entropy, active, metrics, count, invariant, backend, needs = args[18:]
+    return_entropy, active, metrics, count, invariant, wide, backend, needs = args[18:]
     shape = hidden.shape[:-1]
-    head = _flat_head(hidden, weight, bias, count, invariant)
+    head = _flat_head(hidden, weight, bias, count, invariant, wide)
     done = _Pass(head, reference, rows.flat(), return_entropy, backend, needs)
     flat = tokens.flat()
     total, mask = head.hidden.shape[0], done.rows.mask
@@ -216,7 +207,7 @@ def _by_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) 
         h, z = done.logits.of(chunk)
         grads = z[: chunk.count]
         of_kl = done.gradient_of_kl(chunk, z)
-        logprobs, entropy, _ = policy_rows.run(
+        logprobs, entropy, upstream = policy_rows.run(
             backend,
             grads,
             grads,
@@ -225,8 +216,30 @@ def _by_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) 
             return_entropy,
         )
         done.keep(chunk, logprobs, entropy)
+        if active is not None and not invariant and z.device.type == "cpu":
+            chunk, h, z = _moved_together(chunk, h, z, upstream.any(-1))
         done.multiply(chunk, h, z, of_kl)
     return *done.loss(shape, rows.mask, tokens[:6], whole), *done.gradients(hidden.shape)
+
+
+def _moved_together(
+    chunk: Chunk, h: Tensor, grads: Tensor, moves: Tensor
+) -> tuple[Chunk, Tensor, Tensor]:
+    """Leaves rows whose gradient is 0 (clipped ones) out of the products to come: those behind move
+    into their places, without memory for a second copy."""
+    count = int(moves.sum())
+    # A row that moves costs two passes over it, one that is left out saves two products.
+    if (len(moves) - count) * _FEW < len(moves):
+        return chunk, h, grads
+    holes = (~moves[:count]).nonzero().squeeze(1)
+    behind = moves[count:].nonzero().squeeze(1) + count
+    for to, origin in zip(holes.tolist(), behind.tolist(), strict=True):
+        grads[to].copy_(grads[origin])
+    order = torch.arange(count)
+    order[holes] = behind
+    rows = chunk.rows
+    places = order + rows.start if isinstance(rows, slice) else rows[order]
+    return Chunk(places, count), h[order], grads[:count]
 
 
 # ---- losses that couple the tokens of a sequence -------------------------------------------------
@@ -269,9 +282,9 @@ def _by_sequences(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: An
     reference, args = rest[:4], rest[4:]
     rows, given = RowArguments(*args[:5]), SequenceArguments(*args[5:12])
     whole = WholeArguments(*args[12:17])
-    return_entropy, count, invariant, backend, needs = args[17:]
+    return_entropy, count, invariant, wide, backend, needs = args[17:]
     shape = hidden.shape[:-1]
-    head = _flat_head(hidden, weight, bias, count, invariant)
+    head = _flat_head(hidden, weight, bias, count, invariant, wide)
     done = _Pass(head, reference, rows.flat(), return_entropy, backend, needs)
     for run in _runs(shape, whole.offsets, count):
         parts = list(chunks(head.hidden.shape[0], done.rows.mask, count, run.begin, run.end))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlkern import _backend
-from rlkern.ops import _checks, _register
+from rlkern.ops import _checks, _register, _vocab_parallel
 from rlkern.reference import token_logprobs as reference
 
 
@@ -29,6 +29,7 @@ def token_logprobs(
     softcap: float | None = ...,
     return_entropy: Literal[False] = ...,
     inplace_backward: bool = ...,
+    vocab_group: Any = ...,
 ) -> Tensor: ...
 @overload
 def token_logprobs(
@@ -40,6 +41,7 @@ def token_logprobs(
     softcap: float | None = ...,
     return_entropy: Literal[True],
     inplace_backward: bool = ...,
+    vocab_group: Any = ...,
 ) -> TokenLogprobs: ...
 def token_logprobs(
     logits: Tensor,
@@ -50,6 +52,7 @@ def token_logprobs(
     softcap: float | None = None,
     return_entropy: bool = False,
     inplace_backward: bool = False,
+    vocab_group: Any = None,
 ) -> Tensor | TokenLogprobs:
     """Log-probability of chosen tokens, in one pass over the logits, no softmax in memory.
 
@@ -81,6 +84,12 @@ def token_logprobs(
             allocating [..., V] anew. After the backward the logits hold their gradient; autograd
             is told, so that in eager another use of them that was saved, or a second backward,
             raises. Inside torch.compile the out-of-place form runs.
+        vocab_group: a torch.distributed process group over whose ranks the vocabulary is spread:
+            each holds the logits of the same rows, V consecutive columns of them, in the order of
+            the ranks (V may differ), and the same of everything else; token_ids then count over
+            all columns. Every rank gets the same results, by one all-gather of V, one all-reduce
+            of maxima and one of sums, which every rank must enter, and the gradient of its own
+            columns. Not inside torch.compile.
 
     Returns:
         logprobs [...], float32 (float64 for float64 logits); with return_entropy a
@@ -95,7 +104,7 @@ def token_logprobs(
             memory, or one whose rows must be copied to be read.
         RuntimeError: a backend was asked for that cannot serve the call; logits or a temperature
             with a forward-mode tangent; inside torch.compile, a token id outside the vocabulary
-            on the CPU.
+            on the CPU, or a vocab_group.
     """
     logits = _checks.require_logits(logits)
     _checks.refuse_tangent(logits, "logits")
@@ -104,7 +113,11 @@ def token_logprobs(
     number, per_token = _checks.token_temperature(temperature, logits)
     if softcap is not None:
         softcap = _checks.positive_number(softcap, "softcap")
-    _checks.check_token_values(ids, mask, per_token, logits.shape[-1])
+    columns = None
+    if vocab_group is not None:
+        columns = _vocab_parallel.Columns.of(logits.shape[-1], vocab_group, logits.device)
+    vocab = logits.shape[-1] if columns is None else columns.total
+    _checks.check_token_values(ids, mask, per_token, vocab)
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
     inplace = inplace_backward and needs_grad
     if inplace:
@@ -128,7 +141,9 @@ def token_logprobs(
         mask = None if mask is None else mask.reshape(tokens)
         per_token = None if per_token is None else per_token.reshape(tokens)
     args = (rows, ids, mask, per_token, number, softcap, return_entropy)
-    if inplace:
+    if columns is not None:
+        logprobs, entropy = _Parallel.apply(columns, inplace, backend, *args)
+    elif inplace:
         logprobs, entropy = _InplaceBackward.apply(backend, *args)
     else:
         logprobs, entropy, _ = _register.overload("token_logprobs", backend)(*args)
@@ -210,11 +225,43 @@ class _InplaceBackward(torch.autograd.Function):
                 "inplace_backward=True: expected a backward without create_graph: rlkern's "
                 "operators have first derivatives only"
             )
-        args = _backward_args(ctx, grads)
-        logits = args[2].detach()  # shares memory and version counter
-        _register.overload("token_logprobs_bwd_", ctx.backend)(*args[:2], logits, *args[3:])
-        torch.autograd.graph.increment_version(logits)
-        return (None, logits) + (None,) * 6
+        return None, _written_over(ctx, grads), *[None] * 6
+
+
+def _written_over(ctx: Any, grads: tuple[Tensor | None, ...]) -> Tensor:
+    """The gradient, in the logits' memory."""
+    args = _backward_args(ctx, grads)
+    logits = args[2].detach()  # shares memory and version counter
+    _register.overload("token_logprobs_bwd_", ctx.backend)(*args[:2], logits, *args[3:])
+    torch.autograd.graph.increment_version(logits)
+    return logits
+
+
+class _Parallel(torch.autograd.Function):
+    """Of logits whose columns are spread over processes; of eager mode, for its collectives."""
+
+    @staticmethod
+    def forward(ctx: Any, columns: Any, inplace: bool, backend: str, *args: Any) -> Any:
+        logits, ids, mask, per_token, number, softcap, return_entropy = args
+        here = columns.own_ids(ids)
+        own = _register.overload("token_logprobs", backend)(
+            logits, here, mask, per_token, number, softcap, return_entropy
+        )
+        inverse = 1.0 / number if per_token is None else 1.0 / per_token.double()
+        output = columns.merged(*own, here, mask, inverse)
+        ctx.backend, ctx.inplace = backend, inplace
+        _setup_context(ctx, (logits, here, *args[2:]), output)
+        return output[0], output[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        _register.refuse_create_graph("token_logprobs")
+        if ctx.inplace:
+            grad = _written_over(ctx, grads)
+        else:
+            bwd = _register.overload("token_logprobs_bwd", ctx.backend)
+            grad = bwd(*_backward_args(ctx, grads))
+        return None, None, None, grad, *[None] * 6
 
 
 def _register_autograd() -> None:
@@ -265,7 +312,9 @@ def _flat(logits: Tensor, value: Tensor | None, otherwise: Any) -> Tensor:
 def _reference_forward(
     logits, token_ids, mask, token_temperature, temperature, softcap, return_entropy
 ):
-    _checks.check_token_values(token_ids, mask, token_temperature, logits.shape[-1])
+    _checks.check_token_values(
+        token_ids, mask, token_temperature, logits.shape[-1], or_elsewhere=True
+    )
     shape = logits.shape[:-1]
     logprobs, entropy, state = reference.forward(
         logits.reshape(-1, logits.shape[-1]),
@@ -301,13 +350,48 @@ def _reference_backward_inplace(*args: Any) -> None:
     args[2].copy_(_reference_backward(*args))
 
 
+def _reference_outputs(*args: Any) -> tuple[Tensor, ...]:
+    found = _reference_forward(*args)
+    return *found, _outputs(found[2], *args)
+
+
+def _composed_outputs(backend: str) -> Any:
+    def token_logprobs_outputs(*args):
+        found = _register.overload("token_logprobs", backend)(*args)
+        return *found, _outputs(found[2], *args)
+
+    return token_logprobs_outputs
+
+
+def _outputs(state, logits, token_ids, mask, token_temperature, temperature, softcap, _):
+    found = reference.outputs(
+        logits.reshape(-1, logits.shape[-1]),
+        token_ids.reshape(-1),
+        _flat(logits, mask, True),
+        _flat(logits, token_temperature, temperature),
+        softcap,
+        state.reshape(-1, 2),
+    )
+    return found.view(*logits.shape[:-1], 3)
+
+
+def _fake_outputs(logits, *rest):
+    logprobs, entropy, state = _fake(logits, *rest)
+    return logprobs, entropy, state, state.new_empty((*logits.shape[:-1], 3))
+
+
 _backend.register("token_logprobs")
 _register.register_fake("token_logprobs", _fake)
 _register.register_fake(
     "token_logprobs_bwd", lambda g, h, logits, *rest: logits.new_empty(logits.shape)
 )
 _register.register_fake("token_logprobs_bwd_", lambda g, h, logits, *rest: None)
+_register.register_fake("token_logprobs_outputs", _fake_outputs)
 _register.register_python("token_logprobs", "eager", _reference_forward)
+_register.register_python("token_logprobs_outputs", "eager", _reference_outputs)
+_register.register_python("token_logprobs_outputs", "triton", _composed_outputs("triton"))
+# On a GPU with compiled kernels, too; the CPU's own is in C++.
+_register.LIBRARY.impl("token_logprobs_outputs", _composed_outputs("native"), "CUDA")
 _register.register_python("token_logprobs_bwd", "eager", _reference_backward)
 _register.register_python("token_logprobs_bwd_", "eager", _reference_backward_inplace)
 _register.register_triton("token_logprobs", "token_logprobs", "forward")

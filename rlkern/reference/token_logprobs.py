@@ -19,13 +19,13 @@ def capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None
     return softcap * tanh, 1 - tanh**2
 
 
-def relative(y: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """z - max(z) per row for z = y / temperature, and the maximum of y.
+def relative(y: Tensor, temperature: Tensor, top: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """z - max(z) per row for z = y / temperature, and the maximum of y, if it is not given.
 
     The difference is taken before the division, so that it is exact for large logits. A row of
     nothing but -inf stays so.
     """
-    top = y.amax(-1, keepdim=True)
+    top = y.amax(-1, keepdim=True) if top is None else top
     shifted = torch.where(top == -torch.inf, y, y - top) / temperature[:, None]
     return shifted, top
 
@@ -69,6 +69,26 @@ def forward(
     )
 
 
+def outputs(
+    logits: Tensor,
+    token_ids: Tensor,
+    counts: Tensor,
+    temperature: Tensor,
+    softcap: float | None,
+    state: Tensor,
+) -> Tensor:
+    """[N, 3]: the mean of z, log sum_j p_j^2, and 1 where the token is the argmax of z."""
+    counts = counts.bool()
+    y, _ = capped(logits, softcap)
+    z, top = relative(y, temperature)
+    squares = torch.logsumexp(2 * z, -1) - 2 * state[:, 1]
+    best = (y == top).to(torch.uint8).argmax(-1)
+    is_best = (best == token_ids) & (top.squeeze(1) != -torch.inf) & ~state[:, 1].isnan()
+    mean = (y / temperature[:, None]).mean(-1)
+    found = torch.stack([mean, squares, is_best.to(y.dtype)], -1)
+    return found.where(counts[:, None], 0.0)
+
+
 def backward(
     grad_logprobs: Tensor,
     grad_entropy: Tensor,
@@ -90,16 +110,16 @@ def backward(
     inside = (token_ids >= 0) & (token_ids < logits.shape[-1])
     ids = token_ids.where(inside, 0)[:, None]
     y, slope = capped(logits, softcap)
-    z, top = relative(y, temperature)
+    z, top = relative(y, temperature, state[:, :1])
     log_sum = state[:, 1:]
     p = (z - log_sum).exp()
     g = grad_logprobs.where(logprobs != -torch.inf, 0.0)[:, None]
     h = grad_entropy[:, None]
     mean = log_sum - (entropy[:, None] if entropy.numel() else 0.0)
     from_entropy = torch.where(h == 0, 0.0, torch.where(p == 0, 0.0, h * p * (mean - z)))
-    grad = (-g * p + from_entropy).scatter(1, ids, 0.0)
+    grad = -g * p + from_entropy
     target = g * -torch.expm1(logprobs[:, None]).where(g != 0, 0.0) + from_entropy.gather(1, ids)
-    grad = grad.scatter(1, ids, target)
+    grad = grad.scatter(1, ids, target.where(inside[:, None], grad.gather(1, ids)))
     grad = grad / temperature[:, None]
     if slope is not None:
         grad = torch.where(grad == 0, 0.0, grad * slope)

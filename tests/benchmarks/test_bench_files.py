@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.bench_advantages import SCAN_QUICK_SHAPE, ReturnScans, build_loop
+from benchmarks import bench_return_scan
+from benchmarks.bench_return_scan import ReturnScans, build_loop
 from benchmarks.bench_token_logprobs import BACKWARD, FORWARD, QUICK_SHAPE, TokenLogprobs, eager
 
 HERE = Path(__file__).parent
@@ -61,8 +62,9 @@ def test_quick_token_logprobs(tmp_path):
     assert "No floor is promised" in run.stdout
 
     kept = json.loads((results / "token_logprobs.json").read_text())
-    assert kept["machine"]["versions"]["torch"] == torch.__version__
-    assert kept["cases"][0]["entries"]["forward/eager"]["samples"]
+    (case,) = kept["cases"]
+    assert case["machine"]["versions"]["torch"] == torch.__version__
+    assert case["entries"]["forward/eager"]["samples"]
     for text in ((results / "token_logprobs.md").read_text(), json.dumps(kept)):
         assert str(ROOT) not in text and str(tmp_path) not in text
     eager_runs = [b for b in json.loads(data.read_text())["benchmarks"] if "eager" in b["name"]]
@@ -74,7 +76,7 @@ def test_quick_token_logprobs(tmp_path):
 
 
 def test_quick_return_scan():
-    run = run_pytest(ROOT / "benchmarks" / "bench_advantages.py", "--quick", "-k", "return_scan")
+    run = run_pytest(ROOT / "benchmarks" / "bench_return_scan.py", "--quick")
     assert run.returncode == 0, run.stdout + run.stderr
     for task in ReturnScans.bounds:
         table = rows(run.stdout, task)
@@ -82,10 +84,20 @@ def test_quick_return_scan():
         assert float(table["PyTorch loop"]["x PyTorch loop"]) == 1
 
 
+def test_only_some_files_and_how_long_they_take():
+    run = run_pytest("benchmarks", "--only", "whiten,kl_penalty", "--collect-only", "-q")
+    files = {line.split("::")[0] for line in run.stdout.splitlines() if "::" in line}
+    assert files == {"benchmarks/bench_whiten.py", "benchmarks/bench_kl_penalty.py"}
+    run = run_pytest("benchmarks", "--only", "whiten", "--collect-only")
+    assert "rlkern benchmarks: about 1 minutes" in run.stdout
+    run = run_pytest("benchmarks", "--only", "no_such_file", "--collect-only")
+    assert run.returncode != 0 and "got 'no_such_file'" in run.stderr
+
+
 class TestReturnScanErrors:
     @pytest.mark.parametrize("task", list(ReturnScans.bounds))
     def test_each_result_is_looked_at(self, task):
-        case = ReturnScans(**SCAN_QUICK_SHAPE)
+        case = ReturnScans(**bench_return_scan.QUICK_SHAPE)
         right = build_loop(task)(*case.prepare(task))
         assert max(case.errors(task, right).values()) < case.tolerance
         for i in range(len(right)):

@@ -1,15 +1,22 @@
 """The harness itself: turns, medians, wrong results, failing peers, memory, floors, report."""
 
+import time
+
 import pytest
 import torch
 from toy_bench import TEMPORARY_BYTES, Toy
 
-from benchmarks import report, worker
-from benchmarks.case import Floor, MemoryLimit
-from benchmarks.measure import Plan, judge, measure, process_medians, run_child, times_as_fast
+from benchmarks import tables, worker
+from benchmarks.case import Contestant, Floor, MemoryLimit, Plan
+from benchmarks.measure import judge, measure, process_medians, times_as_fast
 from benchmarks.memory import peak_extra_bytes
 
 OURS = "double/rlkern in place"
+MACHINE = {
+    "cpu": "a CPU", "cores": 2, "system": "Linux", "megahertz": 1000.0, "compiler": "c++",
+    "instruction_set": "avx2", "torch_instruction_set": "AVX2", "versions": {"torch": "2.13"},
+    "date": "2026-01-01 00:00 UTC", "commit": "0123456789ab", "caches": {"L2": 1 << 20},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +40,41 @@ def test_contestants_take_turns_after_restoring():
         return float(len(log)), 0
 
     contestants = {name: (lambda name=name: ready(name)) for name in "AB"}
-    samples = worker.alternate(contestants, 2, 1, before=lambda: log.append("evict"), clock=clock)
+
+    def evict(call):
+        log.append("evict")
+
+    samples = worker.alternate(contestants, Plan(1, rounds=2), before=evict, clock=clock)
     turn = ["restore A", "evict", "run A", "restore B", "evict", "run B"]
     assert log == turn * 3
     assert samples == {"A": [(9.0, 0), (15.0, 0)], "B": [(12.0, 0), (18.0, 0)]}
+
+
+def test_who_is_slow_gets_fewer_rounds_and_still_the_least():
+    def ready(seconds):
+        return lambda: lambda: time.sleep(seconds)
+
+    plan = Plan(1, rounds=9, seconds=0.05, least=3)
+    samples = worker.alternate({"slow": ready(0.02), "fast": ready(0)}, plan, clock=worker.timed)
+    assert len(samples["slow"]) == 3 and len(samples["fast"]) == 9
+
+
+def test_warm_calls_follow_two_others():
+    calls = {"cold": 0, "warm": 0}
+
+    class Counted(Toy):
+        contestants = (Contestant("double", "right", lambda: lambda x: counted(x)),)
+
+    def counted(x):
+        calls[case.cache] += 1
+        return 2 * x
+
+    for cache in calls:
+        case = Counted(size=64)
+        case.cache = cache
+        worker.work(case, Plan(1, rounds=3))
+    # Compared once, weighed by the probe as often in both; the rest are the turns.
+    assert calls["warm"] - calls["cold"] == 2 * 4
 
 
 def test_clock_measures_the_call_alone():
@@ -113,7 +151,7 @@ def test_every_process_gives_every_right_contestant_its_samples(summary):
 
 def test_a_process_that_dies_is_an_error():
     with pytest.raises(RuntimeError, match="unexpected keyword argument"):
-        run_child(Toy, {"no_such_parameter": 1}, Plan(1, 1))
+        measure(Toy, {"no_such_parameter": 1}, Plan(1, 1))
 
 
 def test_memory_probe_sees_a_temporary(summary):
@@ -127,8 +165,7 @@ def test_memory_probe_sees_a_temporary(summary):
 
 
 def test_report_names_what_is_wrong_and_what_was_missed(summary):
-    machine = {"megahertz": 1000.0}
-    lines = report.render(summary, machine).splitlines()
+    lines = tables.render([summary | {"machine": MACHINE}]).splitlines()
 
     def cells(start):
         return next(line for line in lines if line.startswith(f"| {start} ")).split("|")[1:-1]

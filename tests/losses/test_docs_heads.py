@@ -31,7 +31,7 @@ def test_every_argument_is_mentioned(name):
 def test_the_examples_run():
     scope: dict = {}
     blocks = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
 
     def agree(*names):
         first = scope[names[0]]
@@ -46,3 +46,5 @@ def test_the_examples_run():
         exec(block, scope)
     agree("first", "second")
     torch.testing.assert_close(scope["same"], scope["kl"], rtol=1e-4, atol=1e-5)
+    # Of the whole vocabulary, in a group of one.
+    torch.testing.assert_close(scope["logprobs"], scope["old"])

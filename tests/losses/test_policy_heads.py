@@ -317,9 +317,11 @@ def test_tokens_that_cannot_matter_are_left_out(backend, products, metrics):
     active = int(counting[1::2].sum())
     silent = int(counting.sum()) - active
     exact = in_steps(loss, batch)
+    moving = int(exact[2].any(-1).sum())
+    assert moving < 0.9 * active  # the others are clipped
     products.clear()
     value, vector, *grads = from_hidden(loss, batch, metrics=metrics, memory_budget=1 << 24)
-    assert sum(products) == 3 * active + (silent if metrics else 0)
+    assert sum(products) == active + 2 * moving + (silent if metrics else 0)
     near(value, exact[0])
     if metrics:
         near(vector, exact[1])
@@ -328,6 +330,10 @@ def test_tokens_that_cannot_matter_are_left_out(backend, products, metrics):
     products.clear()
     from_hidden(loss, batch, compact=False, memory_budget=1 << 24)
     assert sum(products) == 3 * int(counting.sum())
+    # Clipped ones stay where products are padded to one shape: logits and hidden's gradient.
+    products.clear()
+    from_hidden(loss, batch, batch_invariant=True, metrics=False, memory_budget=1)
+    assert {*products[0::3], *products[1::3]} == {64} and sum(products[2::3]) == active
     # A KL asks for every token.
     loss = PolicyLoss.preset("dapo", kl_coef=0.1)
     batch.given["ref_logprobs"] = batch.given["old_logprobs"] - 0.1

@@ -13,6 +13,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import rlkern  # noqa: E402
 from rlkern import _native  # noqa: E402
 
+# The helpers beside this file and above it.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+from serving import BACKENDS, served  # noqa: E402
+
 CPU_BACKENDS = ("eager", "native-avx512", "native-avx2", "native-portable")
 
 
@@ -28,3 +33,9 @@ def backend(request, monkeypatch):
         monkeypatch.setenv("RLKERN_CPU_ISA", isa)
     with rlkern.use_backend(name):
         yield name
+
+
+@pytest.fixture(params=BACKENDS)
+def served_backend(request, monkeypatch):
+    """Triton's interpreter and float64 as well."""
+    yield from served("token_logprobs", request, monkeypatch)

@@ -217,7 +217,7 @@ def test_opcheck(backend):
     policy = (*factors[:2], given["bias"])
     reference = (*factors[2:], given["ref_bias"])
     options = (given["mask"], None, 1.0, None, 2, 0.3)
-    cut = (64, False, backend)
+    cut = (64, False, False, backend)
     operators = torch.ops.rlkern
     torch.library.opcheck(operators.linear_kl_divergence, (*policy, *reference, *options, *cut))
     policy = [x.detach() for x in policy]

@@ -280,16 +280,18 @@ def test_compiles(backend):
 def test_opcheck(backend):
     hidden, weight, ids, given = inputs((70,))
     arguments = (
-        hidden, weight, given["bias"], ids, given["mask"], None, 1.0, None, True, 64, False, backend
+        hidden, weight, given["bias"], ids, given["mask"], None, 1.0, None, True, True, 64, False,
+        False, backend,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.rlkern.linear_token_logprobs, arguments)
-    logprobs, entropy, state = torch.ops.rlkern.linear_token_logprobs(*arguments)
+    logprobs, entropy, state, _ = torch.ops.rlkern.linear_token_logprobs(*arguments)
     factors = [x.detach() for x in (hidden, weight, given["bias"])]
     torch.library.opcheck(
         torch.ops.rlkern.linear_token_logprobs_bwd,
         (
             torch.randn(70), None, *factors, ids, given["mask"], None, 1.0, None,
-            logprobs.detach(), entropy.detach(), state, 64, False, backend, [True, True, False],
+            logprobs.detach(), entropy.detach(), state, 64, False, False, backend,
+            [True, True, False],
         ),
     )  # fmt: skip
 

@@ -93,7 +93,7 @@ void forward_row(const LogitRow& row, const RowKept& kept, RowForward* out) {
   const double inv_temperature = row.inv_temperature;
   alignas(64) float values[kBlock];
 
-  const float target = value_at<Type, kCapped>(x, row.target, cap);
+  const float target = row.target < 0 ? -kInf : value_at<Type, kCapped>(x, row.target, cap);
   float max = target;
   SoftmaxState<double> state{0, 0, 0};  // its maximum stands in `max`: sums in units of y - max
   for (long long begin = 0; begin < row.size; begin += kBlock) {
@@ -148,6 +148,44 @@ void forward_keeping(const LogitRow& row, bool entropy, const RowKept& kept, Row
   forward_as_asked<Type, true>(row, entropy, kept, out);
 }
 
+template <typename Type, bool kCapped>
+void outputs_row(const LogitRow& row, float max, RowOutputs* out) {
+  const auto* x = static_cast<const typename Type::Scalar*>(row.x);
+  const Cap cap(row.softcap);
+  const Exp2Scale scale(2 * kLog2e * row.inv_temperature);
+  const float base = max == -kInf ? 0.0f : max;
+  alignas(64) float values[kBlock];
+  *out = {0, 0, false};
+  for (long long begin = 0; begin < row.size; begin += kBlock) {
+    const long long count = row.size - begin < kBlock ? row.size - begin : kBlock;
+    load_block<Type, kCapped>(x + begin, count, cap, values);
+    vfloat sum[kSums] = {}, squares[kSums] = {};
+    long long j = 0;
+    for (; j + kStep <= count; j += kStep) {
+      for (int s = 0; s < kSums; ++s) {
+        const vfloat v = FloatType::load(values + j + s * kLanes);
+        sum[s] += v;
+        squares[s] += exp2_scaled(v - base, scale).value();
+      }
+    }
+    out->sum += reduce_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    // The block is padded with -inf, which has no square and would be the sum.
+    for (long long i = j; i < count; ++i) out->sum += values[i];
+    for (; j < count; j += kLanes) {
+      squares[0] += exp2_scaled(FloatType::load(values + j) - base, scale).value();
+    }
+    out->squares += reduce_sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    const long long before = row.target - begin < count ? row.target - begin : count;
+    for (long long i = 0; i < before; ++i) out->earlier |= values[i] == max;
+  }
+}
+
+template <typename Type>
+void outputs(const LogitRow& row, float max, RowOutputs* out) {
+  row.softcap > 0 ? outputs_row<Type, true>(row, max, out)
+                  : outputs_row<Type, false>(row, max, out);
+}
+
 template <typename Type, bool kCapped, bool kSloped>
 void backward_row(const LogitRow& row, const RowBackward& grad, void* out) {
   const auto* x = static_cast<const typename Type::Scalar*>(row.x);
@@ -175,7 +213,7 @@ void backward_row(const LogitRow& row, const RowBackward& grad, void* out) {
 
   float target_grad = plain_nan(grad.target * row.inv_temperature);
   // Read before the row is written over. A gradient of 0 stays 0 where the logit is not finite.
-  if (kCapped && target_grad != 0) {
+  if (kCapped && row.target >= 0 && target_grad != 0) {
     target_grad *= cap.derivative(load_partial<Type>(x + row.target, 1))[0];
   }
   long long j = 0;
@@ -190,7 +228,7 @@ void backward_row(const LogitRow& row, const RowBackward& grad, void* out) {
     const long long rest = row.size - j < kLanes ? row.size - j : kLanes;
     store_partial<Type>(dx + j, gradient(load_partial<Type>(x + j, rest)), rest);
   }
-  store_partial<Type>(dx + row.target, broadcast(target_grad), 1);
+  if (row.target >= 0) store_partial<Type>(dx + row.target, broadcast(target_grad), 1);
 }
 
 template <typename Type>
@@ -268,4 +306,6 @@ extern "C" const rlkern::RowKernels RLKERN_JOIN(rlkern_row_kernels_, RLKERN_ISA)
      rlkern::forward_keeping<rlkern::BFloat16Type>},
     {rlkern::backward_from_kept<rlkern::FloatType>, rlkern::backward_from_kept<rlkern::HalfType>,
      rlkern::backward_from_kept<rlkern::BFloat16Type>},
+    {rlkern::outputs<rlkern::FloatType>, rlkern::outputs<rlkern::HalfType>,
+     rlkern::outputs<rlkern::BFloat16Type>},
 };

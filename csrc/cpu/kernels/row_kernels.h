@@ -13,14 +13,14 @@ enum class LogitType { kFloat, kHalf, kBFloat16, kCount };
 struct LogitRow {
   const void* x;
   long long size;
-  long long target;
+  long long target;  // negative: none in this row
   float inv_temperature;
   float softcap;
 };
 
 struct RowForward {
   SoftmaxState<double> others;  // in units of z; leaves the target out, except from the maximum
-  double target;                // z_y - max
+  double target;                // z_y - max; -inf where there is none
   float max;                    // of y
 };
 
@@ -42,6 +42,13 @@ struct RowKept {
   float* maxima;        // one a block; -inf where nothing but -inf has come
 };
 
+// What may be asked of a row beside its log-probability, its maximum being known.
+struct RowOutputs {
+  double sum;      // of y
+  double squares;  // of exp(z_j - max)
+  bool earlier;    // whether the maximum stands before the target, too
+};
+
 struct RowKernels {
   const char* name;
   void (*forward[static_cast<int>(LogitType::kCount)])(const LogitRow&, bool entropy, RowForward*);
@@ -55,6 +62,7 @@ struct RowKernels {
   void (*backward_from_kept[static_cast<int>(LogitType::kCount)])(const LogitRow&,
                                                                   const RowBackward&,
                                                                   const RowKept&, void* grad);
+  void (*outputs[static_cast<int>(LogitType::kCount)])(const LogitRow&, float max, RowOutputs*);
 };
 
 }  // namespace rlkern
