@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.case import Case, Contestant, Floor
+from benchmarks.case import Case, Contestant
 
 METRIC, KL, JS = "KL", "KL + gradient", "JS + gradient"
 SHAPE = {"rows": 256, "vocab": 151936}
@@ -108,15 +108,6 @@ class KlDivergence(Case):
         self.pristine = torch.randn(rows, vocab, generator=generator).to(kind)
         self.reference = torch.randn(rows, vocab, generator=generator).to(kind)
         self.bulk = self.pristine.clone()
-
-    @staticmethod
-    def floors(**params: Any) -> tuple[Floor, ...]:
-        if {name: params[name] for name in SHAPE} != SHAPE:
-            return ()
-        return tuple(
-            Floor(f"{task}/rlkern", (f"{task}/eager",), least)
-            for task, least in ((METRIC, 4), (KL, 4), (JS, 3))
-        )
 
     def prepare(self, task: str) -> tuple[torch.Tensor, ...]:
         self.bulk.copy_(self.pristine)

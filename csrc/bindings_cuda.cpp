@@ -10,6 +10,7 @@
 #include "cuda/sum.h"
 #include "cuda/token_logprobs.h"
 #include "cuda/value_loss.h"
+#include "cuda/vocab_divergence.h"
 #include "cuda/whiten.h"
 
 STABLE_TORCH_LIBRARY_IMPL(rlkern, CUDA, m) {
@@ -27,6 +28,9 @@ STABLE_TORCH_LIBRARY_IMPL(rlkern, CUDA, m) {
   m.impl("kl_penalty_bwd", TORCH_BOX(&rlkern::kl_penalty_bwd_cuda));
   m.impl("value_loss", TORCH_BOX(&rlkern::value_loss_cuda));
   m.impl("value_loss_bwd", TORCH_BOX(&rlkern::value_loss_bwd_cuda));
+  m.impl("vocab_divergence", TORCH_BOX(&rlkern::vocab_divergence_cuda));
+  m.impl("vocab_divergence_bwd", TORCH_BOX(&rlkern::vocab_divergence_bwd_cuda));
+  m.impl("vocab_divergence_bwd_", TORCH_BOX(&rlkern::vocab_divergence_bwd_into_cuda));
   m.impl("token_logprobs", TORCH_BOX(&rlkern::token_logprobs_cuda));
   m.impl("token_logprobs_bwd", TORCH_BOX(&rlkern::token_logprobs_bwd_cuda));
   m.impl("token_logprobs_bwd_", TORCH_BOX(&rlkern::token_logprobs_bwd_inplace_cuda));

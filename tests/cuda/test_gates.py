@@ -25,6 +25,8 @@ OCCUPANCY = {
     "value_sequences": (256, 4),
     "value_finish": (1024, 1),
     "kl_tokens": (256, 8),
+    "divergence_forward": (256, 3),
+    "divergence_backward": (256, 4),
     "return_scan_forward": (256, 4),
     "return_scan_backward": (256, 4),
     "group_segments": (1024, 1),
