@@ -85,8 +85,8 @@ class PPOConfig(RunConfig):
         "separate", "A backbone of its own, or a value head on the policy's."
     )
     critic_model: str | None = option(
-        None, "What a separate critic starts from: name or folder, or reward for the reward "
-        "model's backbone. Left out: the policy's start."
+        None, "What a separate critic starts from: policy, reward (the reward model's backbone), "
+        "or a name or folder. Left out: reward in the built-in tasks, else policy."
     )  # fmt: skip
     critic_learning_rate: float | None = option(None, "Left out: twice the policy's.")
     value_coef: float = option(0.5, "Weight of the value loss; felt by a shared backbone.")

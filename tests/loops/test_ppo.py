@@ -217,6 +217,23 @@ def test_a_critic_of_another_vocabulary_is_refused(policy, folders, tmp_path):
         load_critic(PPOConfig(critic_model="reward"), policy, "", None, "cpu")
 
 
+@pytest.mark.parametrize(
+    "options,start",
+    [
+        ({}, "qwen"),  # the built-in tasks' reward model shares the policy's tokenizer
+        ({"critic_model": "policy"}, "llama"),
+        ({"model": "a/policy"}, "llama"),
+        ({"model": "a/policy", "critic_model": "reward"}, "qwen"),
+    ],
+)
+def test_what_the_critic_starts_from(policy, folders, options, start):
+    config = PPOConfig(**options)
+    critic = load_critic(config, policy, folders["llama"], folders["qwen"], "cpu")
+    expected = model.load_backbone(folders[start], config, "cpu").state_dict()
+    assert critic.trunk.state_dict().keys() == expected.keys()
+    assert all(torch.equal(v, expected[k]) for k, v in critic.trunk.state_dict().items())
+
+
 # ---- runs ---------------------------------------------------------------------------------------
 
 
@@ -224,7 +241,7 @@ def test_a_critic_of_another_vocabulary_is_refused(policy, folders, tmp_path):
     "options",
     [
         {"critic": "separate", "target_kl": 1.0, "kl_horizon": 32, "whiten_rewards": True},
-        {"critic": "separate", "critic_model": "reward", "precision": "bf16"},
+        {"critic": "separate", "critic_model": "policy", "precision": "bf16"},
         {"critic": "shared", "kl_in": "loss", "value_clip": 0.0, "micro_batch_size": 3},
         {"kl_coef": 0.0, "reward": "rlkern_loops.tasks:solved", "mask_truncated": True},
         {"task": "addition", "missing_eos_penalty": 1.0, "gradient_checkpointing": True},
