@@ -8,8 +8,8 @@ import pytest
 import torch
 from rlkern_loops import learn, model
 from rlkern_loops.critic import load_critic
+from rlkern_loops.kl import AdaptiveKL
 from rlkern_loops.ppo import (
-    AdaptiveKL,
     PPOConfig,
     advantages_of,
     completion_scores,
