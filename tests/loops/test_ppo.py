@@ -19,6 +19,7 @@ from rlkern_loops.ppo import (
     update,
 )
 from rlkern_loops.rollout import completion_hidden, sample
+from rlkern_loops.tiny import tiny_classifier
 
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
 
@@ -259,6 +260,22 @@ def test_short_runs_of_every_variant(short, records, capsys, options):
         assert steps[1]["losses/kl_coef"] == pytest.approx(0.05 * 0.95, rel=1e-4)
     trains_one = "reward" not in options
     assert ("reward model: " in capsys.readouterr().out) == trains_one
+
+
+def test_models_and_data_of_ones_own(short, folders, sums, tokenizer, records, tmp_path):
+    torch.manual_seed(2)
+    judge = tiny_classifier(tokenizer, hidden_size=16, num_layers=2, num_heads=2)
+    judge.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    options = short | {
+        "model": folders["qwen"], "dataset": sums, "reward": f"model:{tmp_path / 'judge'}",
+        "eval_reward": "numeric", "critic_model": "reward", "eval_size": 8, "max_new_tokens": 5,
+        "micro_batch_size": 3, "learning_rate": 1e-4,
+    }  # fmt: skip
+    train(PPOConfig(**options))
+    steps = records(short["output_dir"])
+    assert len(steps) == 3 and all(math.isfinite(r["losses/value_loss"]) for r in steps)
+    assert "eval/accuracy" in steps[-1] and all(-9 < r["rollout/reward"] < 9 for r in steps)
 
 
 def test_completions_without_a_verdict_teach_nothing(short, records, tmp_path, monkeypatch):
