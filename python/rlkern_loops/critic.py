@@ -46,7 +46,7 @@ def load_critic(
     """The critic that the options name.
 
     Args:
-        config: has critic, critic_model, and what `model.load` reads.
+        config: has critic, critic_model, model, dataset, and what `model.load` reads.
         policy: the causal LM.
         start: name or folder of the policy at the start.
         reward: that of the reward model, or None.
@@ -57,11 +57,12 @@ def load_critic(
     """
     if config.critic == "shared":
         return Critic(policy.config.get_text_config().hidden_size).to(device)
-    name = config.critic_model or start
-    if name == "reward":
-        if reward is None:
-            raise model.ModelError("critic_model: expected a model, as no reward model is used")
-        name = reward
+    # The built-in tasks' models share a tokenizer; elsewhere nothing says that two models do.
+    ours = config.model is None and config.dataset is None and reward is not None
+    name = config.critic_model or ("reward" if ours else "policy")
+    if name == "reward" and reward is None:
+        raise model.ModelError("critic_model: expected a model, as no reward model is used")
+    name = {"reward": reward, "policy": start}.get(name, name)
     trunk = model.load_backbone(name, config, device)
     read, written = (len(m.get_input_embeddings().weight) for m in (trunk, policy))
     if read != written:

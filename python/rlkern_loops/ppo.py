@@ -23,6 +23,7 @@ from rlkern import Metrics, PolicyLoss, ValueLoss, gae, kl_penalty, whiten
 from rlkern_loops import learn, model
 from rlkern_loops.critic import Critic, load_critic
 from rlkern_loops.data import Example, Sampler
+from rlkern_loops.kl import AdaptiveKL
 from rlkern_loops.options import RunConfig, option
 from rlkern_loops.prepare import prepare
 from rlkern_loops.rollout import (
@@ -85,8 +86,8 @@ class PPOConfig(RunConfig):
         "separate", "A backbone of its own, or a value head on the policy's."
     )
     critic_model: str | None = option(
-        None, "What a separate critic starts from: name or folder, or reward for the reward "
-        "model's backbone. Left out: the policy's start."
+        None, "What a separate critic starts from: policy, reward (the reward model's backbone), "
+        "or a name or folder. Left out: reward in the built-in tasks, else policy."
     )  # fmt: skip
     critic_learning_rate: float | None = option(None, "Left out: twice the policy's.")
     value_coef: float = option(0.5, "Weight of the value loss; felt by a shared backbone.")
@@ -119,29 +120,6 @@ class PPOConfig(RunConfig):
             given = {name: given[name] for name in given if name != "kl_estimator"}
             given["kl_coef"] = 0.0
         return given
-
-
-class AdaptiveKL:
-    """kl_coef, and with a target its controller: a proportional one, the error clipped to 0.2.
-
-        kl_coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * completions / horizon
-
-    (Ziegler et al., 2019, section 2.2.)
-    """
-
-    def __init__(self, kl_coef: float, target: float | None, horizon: int):
-        self.kl_coef, self.target, self.horizon = kl_coef, target, horizon
-
-    def update(self, kl: float, completions: int) -> None:
-        if self.target is not None:
-            error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.kl_coef *= 1 + error * completions / self.horizon
-
-    def state_dict(self) -> dict[str, float]:
-        return {"kl_coef": self.kl_coef}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.kl_coef = state["kl_coef"]
 
 
 class Round(NamedTuple):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from rlkern_loops import learn, model
 from rlkern_loops.critic import load_critic
+from rlkern_loops.kl import AdaptiveKL
 from rlkern_loops.ppo import (
-    AdaptiveKL,
     PPOConfig,
     advantages_of,
     completion_scores,
@@ -19,6 +19,7 @@ from rlkern_loops.ppo import (
     update,
 )
 from rlkern_loops.rollout import completion_hidden, sample
+from rlkern_loops.tiny import tiny_classifier
 
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
 
@@ -217,6 +218,23 @@ def test_a_critic_of_another_vocabulary_is_refused(policy, folders, tmp_path):
         load_critic(PPOConfig(critic_model="reward"), policy, "", None, "cpu")
 
 
+@pytest.mark.parametrize(
+    "options,start",
+    [
+        ({}, "qwen"),  # the built-in tasks' reward model shares the policy's tokenizer
+        ({"critic_model": "policy"}, "llama"),
+        ({"model": "a/policy"}, "llama"),
+        ({"model": "a/policy", "critic_model": "reward"}, "qwen"),
+    ],
+)
+def test_what_the_critic_starts_from(policy, folders, options, start):
+    config = PPOConfig(**options)
+    critic = load_critic(config, policy, folders["llama"], folders["qwen"], "cpu")
+    expected = model.load_backbone(folders[start], config, "cpu").state_dict()
+    assert critic.trunk.state_dict().keys() == expected.keys()
+    assert all(torch.equal(v, expected[k]) for k, v in critic.trunk.state_dict().items())
+
+
 # ---- runs ---------------------------------------------------------------------------------------
 
 
@@ -224,7 +242,7 @@ def test_a_critic_of_another_vocabulary_is_refused(policy, folders, tmp_path):
     "options",
     [
         {"critic": "separate", "target_kl": 1.0, "kl_horizon": 32, "whiten_rewards": True},
-        {"critic": "separate", "critic_model": "reward", "precision": "bf16"},
+        {"critic": "separate", "critic_model": "policy", "precision": "bf16"},
         {"critic": "shared", "kl_in": "loss", "value_clip": 0.0, "micro_batch_size": 3},
         {"kl_coef": 0.0, "reward": "rlkern_loops.tasks:solved", "mask_truncated": True},
         {"task": "addition", "missing_eos_penalty": 1.0, "gradient_checkpointing": True},
@@ -242,6 +260,22 @@ def test_short_runs_of_every_variant(short, records, capsys, options):
         assert steps[1]["losses/kl_coef"] == pytest.approx(0.05 * 0.95, rel=1e-4)
     trains_one = "reward" not in options
     assert ("reward model: " in capsys.readouterr().out) == trains_one
+
+
+def test_models_and_data_of_ones_own(short, folders, sums, tokenizer, records, tmp_path):
+    torch.manual_seed(2)
+    judge = tiny_classifier(tokenizer, hidden_size=16, num_layers=2, num_heads=2)
+    judge.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    options = short | {
+        "model": folders["qwen"], "dataset": sums, "reward": f"model:{tmp_path / 'judge'}",
+        "eval_reward": "numeric", "critic_model": "reward", "eval_size": 8, "max_new_tokens": 5,
+        "micro_batch_size": 3, "learning_rate": 1e-4,
+    }  # fmt: skip
+    train(PPOConfig(**options))
+    steps = records(short["output_dir"])
+    assert len(steps) == 3 and all(math.isfinite(r["losses/value_loss"]) for r in steps)
+    assert "eval/accuracy" in steps[-1] and all(-9 < r["rollout/reward"] < 9 for r in steps)
 
 
 def test_completions_without_a_verdict_teach_nothing(short, records, tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ def command(loop, options):
 @pytest.mark.parametrize("loop", ["grpo", "ppo"])
 def test_a_killed_run_goes_on_bit_for_bit(short, records, tmp_path, loop):
     """Killed by SIGKILL in the middle of a step, resumed, and compared with one left alone."""
-    options = short | {"steps": 12, "save_every": 2, "seed": 3}
+    options = short | {"steps": 40, "save_every": 3, "seed": 3}
     if loop == "ppo":
         options |= {"target_kl": 1.0}
     config_class, train = LOOPS[loop]
@@ -42,14 +42,14 @@ def test_a_killed_run_goes_on_bit_for_bit(short, records, tmp_path, loop):
     ) as process:
         log = folder / "metrics.jsonl"
         until = time.monotonic() + 300
-        # The lines: the options, then one a step. After the fifth step and before the last.
+        # The lines: the options, then one a step. After the fifth step, long before the last.
         while not (log.exists() and log.read_text().count("\n") >= 6):
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < until
             time.sleep(0.001)
         os.kill(process.pid, signal.SIGKILL)
     left = records(folder)
-    assert 5 <= len(left) < 12
+    assert 5 <= len(left) < 40
     saved = checkpoint.latest(folder)
     assert saved is not None
 
