@@ -16,7 +16,7 @@ INSTALL := $(BIN)/pip install --quiet --no-build-isolation --editable
 .PHONY: train test test-slow test-triton bench sanitize lint clean
 
 train: $(VENV)/.loops
-	$(BIN)/python -m rlkern_loops.grpo $(ARGS)
+	$(BIN)/rlkern train grpo $(ARGS)
 
 test: $(VENV)/.test
 	$(PYTEST) -m "not slow" --numprocesses 2 $(ARGS)

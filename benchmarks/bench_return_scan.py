@@ -141,7 +141,8 @@ class ReturnScans(Case):
         def normal():
             return torch.randn(sequences, tokens, generator=generator)
 
-        self.bulk, self.values, self.log_ratios = normal(), normal(), 0.1 * normal()
+        self.rewards, self.values, self.log_ratios = normal(), normal(), 0.1 * normal()
+        self.bulk = self.rewards.clone()
         self.truth: dict[str, tuple] = {}
 
     @staticmethod
@@ -155,6 +156,8 @@ class ReturnScans(Case):
         )
 
     def prepare(self, task: str) -> tuple[torch.Tensor, ...]:
+        # The ceilings scale the bulk in place.
+        self.bulk.copy_(self.rewards)
         given = {"gae": 2, "discounted_returns": 1, "vtrace": 3}[task]
         return (self.bulk, self.values, self.log_ratios)[:given]
 

@@ -20,7 +20,7 @@ TASK = "step"
 SHAPE = {"sequences": 2, "tokens": 256, "vocab": 151936, "width": 512, "layers": 4}
 QUICK_SHAPE = {"sequences": 2, "tokens": 32, "vocab": 4096, "width": 64, "layers": 2}
 #: A step takes seconds, and little of it is noise.
-PLAN = Plan(processes=2, rounds=3)
+PLAN = Plan(processes=2, rounds=3, seconds=6)
 # Of the gradient in the 2-norm, and of the loss. bf16 rounds activations, logits and gradients by
 # 2^-9, in some 10 products in a row: sqrt(10) * 2^-9 = 6e-3 where roundings are independent, which
 # those of a residual stream are not; and eager rounds log-probabilities near -12 by 1/32.
@@ -270,6 +270,7 @@ def gradients(model) -> tuple[torch.Tensor, torch.Tensor]:
     return head.grad.float(), torch.cat(rest)
 
 
+@pytest.mark.parametrize("plan", [PLAN], ids=["small Qwen2"])
 @pytest.mark.parametrize("contestant", [c.key for c in TrainingStep.contestants])
-def test_training_step(contest, quick, contestant):
-    contest(TrainingStep, QUICK_SHAPE if quick else SHAPE, contestant, PLAN)
+def test_training_step(contest, quick, plan, contestant):
+    contest(TrainingStep, QUICK_SHAPE if quick else SHAPE, contestant, plan)

@@ -147,6 +147,7 @@ class TokenLogprobs(Case):
         # Exact in bf16, so that every dtype is given the same upstream gradient.
         self.upstream = torch.randn(shape, generator=generator).bfloat16().float()
         self.weight = torch.zeros((), requires_grad=True)
+        self.truth: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @staticmethod
     def floors(**params: Any) -> tuple[Floor | MemoryLimit, ...]:
@@ -171,6 +172,28 @@ class TokenLogprobs(Case):
         return Produce.apply(self.weight, self.bulk), self.token_ids, self.upstream
 
     @torch.no_grad()
+    def _expected(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and the gradient's flat rows, from float64.
+
+        The gradient is kept in fp32, whose rounding is far below any tolerance here: in float64
+        it would be the largest tensor of all, and every contestant would wait for it again.
+        """
+        if self.truth is None:
+            logprobs, gradient = [], []
+            rows, ids = self.pristine.flatten(0, 1), self.token_ids.flatten()
+            upstream = self.upstream.flatten().double()
+            for start in range(0, len(rows), 16):
+                part = slice(start, start + 16)
+                log_softmax = rows[part].double().log_softmax(-1)
+                picked = torch.arange(len(log_softmax)), ids[part]
+                logprobs.append(log_softmax[picked])
+                expected = log_softmax.exp_().mul_(-upstream[part, None])
+                expected[picked] += upstream[part]
+                gradient.append(expected.float())
+            self.truth = torch.cat(logprobs), torch.cat(gradient)
+        return self.truth
+
+    @torch.no_grad()
     def errors(self, task: str, outputs: Any) -> dict[str, float]:
         """Errors against float64, the worst over rows.
 
@@ -179,34 +202,24 @@ class TokenLogprobs(Case):
         from the target's, beside which all of them together could be missing unnoticed.
         """
         logprobs, gradient = outputs if task == BACKWARD else (outputs, None)
-        worst: dict[str, float] = {}
-
-        def note(name: str, values: torch.Tensor) -> None:
-            # torch's maximum keeps a NaN, Python's would lose it.
-            worst[name] = values.new_tensor([worst.get(name, 0.0), values.max()]).max().item()
-
-        # A few rows at a time: float64 copies of everything would be the largest tensors here.
-        for start in range(0, self.token_ids.numel(), 16):
-
-            def rows(tensor: torch.Tensor, start: int = start) -> torch.Tensor:
-                return tensor.flatten(0, 1)[start : start + 16].double()
-
-            tokens = self.token_ids.flatten()[start : start + 16]
-            picked = torch.arange(len(tokens)), tokens
-            log_softmax = rows(self.pristine).log_softmax(-1)
-            truth = log_softmax[picked]
-            note("logprob", (rows(logprobs) - truth).abs() / truth.abs().clamp(min=1))
-            if gradient is None:
-                continue
-            upstream = rows(self.upstream)
-            expected = log_softmax.exp_().mul_(-upstream.unsqueeze(-1))
-            expected[picked] += upstream
-            difference = rows(gradient).sub_(expected)
-            note("target", (difference[picked] / upstream).abs())
-            difference[picked] = 0
-            expected[picked] = 0
-            note("rest", difference.norm(dim=-1) / expected.norm(dim=-1))
-        return worst
+        truth, expected = self._expected()
+        found = logprobs.flatten().double()
+        worst = {"logprob": ((found - truth).abs() / truth.abs().clamp(min=1)).max().item()}
+        if gradient is None:
+            return worst
+        rows, upstream = gradient.flatten(0, 1), self.upstream.flatten()
+        target, rest = [], []
+        # A few rows at a time, in the caches.
+        for start in range(0, len(rows), 16):
+            part = slice(start, start + 16)
+            at = self.token_ids.flatten()[part, None]
+            difference = rows[part].float().sub(expected[part])
+            target.append((difference.gather(1, at).squeeze(1) / upstream[part]).abs())
+            own = expected[part].scatter(1, at, 0.0).norm(dim=-1)
+            rest.append(difference.scatter_(1, at, 0.0).norm(dim=-1) / own)
+        # torch's maximum keeps a NaN, Python's would lose it.
+        named = {"target": target, "rest": rest}
+        return worst | {name: torch.cat(values).max().item() for name, values in named.items()}
 
 
 DTYPES = ("float32", "bfloat16")

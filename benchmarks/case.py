@@ -30,10 +30,10 @@ class Plan:
     warmup: int = 1
 
 
-FULL = Plan(processes=3, rounds=7, seconds=1.2)
+FULL = Plan(processes=3, rounds=7, seconds=1.0)
 #: For shapes beside the main one.
-SHORT = Plan(processes=2, rounds=5, seconds=0.8)
-QUICK = Plan(processes=1, rounds=3, seconds=0.5)
+SHORT = Plan(processes=2, rounds=5, seconds=0.5)
+QUICK = Plan(processes=1, rounds=3, seconds=0.3)
 
 
 @dataclass(frozen=True)

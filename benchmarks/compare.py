@@ -52,6 +52,10 @@ def regressed(name: str, word: str) -> bool:
     return name.startswith("rlkern") and bad
 
 
+def _machine(case: dict[str, Any]) -> str:
+    return "{cpu}, {cores} cores, {instruction_set}".format(**case["machine"])
+
+
 def _row(case: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     word = verdict(old, new)
     cells = [case, new["task"], new["name"]]
@@ -69,9 +73,12 @@ def report(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> tuple[str, b
     after = {identity(case): case for case in new}
     both = [key for key in after if key in before]
     lines = []
-    machines = [{case["machine"]["cpu"] for case in cases} for cases in (old, new)]
+    machines = [sorted({_machine(case) for case in cases}) for cases in (old, new)]
     if machines[0] != machines[1]:
-        lines += [f"Not the same machine: {machines[0]} and {machines[1]}.", ""]
+        lines += [
+            f"Not the same machine: {' / '.join(machines[0])}; {' / '.join(machines[1])}.",
+            "",
+        ]
     rows, worse = [], []
     for key in both:
         name = title(after[key])
@@ -79,6 +86,9 @@ def report(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> tuple[str, b
             was = before[key]["ceilings"][ceiling]["median"]
             figures = [f"{1e3 * was:.3g}", f"{1e3 * value['median']:.3g}"]
             rows.append([name, "", ceiling, *figures, f"{value['median'] / was:.2f}", "ceiling"])
+        for contestant, entry in before[key]["entries"].items():
+            if contestant not in after[key]["entries"]:
+                rows.append([name, entry["task"], entry["name"], "-", "-", "-", "gone"])
         for contestant, entry in after[key]["entries"].items():
             if contestant not in before[key]["entries"]:
                 rows.append([name, entry["task"], entry["name"], "-", "-", "-", "new"])

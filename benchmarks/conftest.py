@@ -8,6 +8,7 @@ comparisons and `--benchmark-json` hold the real figures.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from statistics import median
 
@@ -25,8 +26,10 @@ SEEN = pytest.StashKey[set]()
 FACTS = pytest.StashKey[dict]()
 #: What each sweep came to, in words.
 SWEPT = pytest.StashKey[list]()
-#: Of a contestant that was never measured here: imports, compiling, its check against float64.
-SETUP_SECONDS = 8
+#: One other process that computes: two cores' worth of threads then wait for each other.
+BUSY_LOAD = 1.0
+#: Guesses for what was never measured here: a process's imports and compiling, a sweep.
+SETUP_SECONDS, SWEEP_SECONDS = 8, 15
 
 
 class ReplayClock:
@@ -96,17 +99,29 @@ def pytest_report_collectionfinish(config, items):
     if config.option.quick or not items:
         return None
     kept = store.seconds_by_module(store.RESULTS / machine.name())
-    known, guessed = 0.0, 0.0
-    for stem in {item.path.stem for item in items}:
-        mine = [item for item in items if item.path.stem == stem]
-        if stem in kept:
-            known += kept[stem]
-        else:
-            guessed += len(mine) * FULL.processes * (2 * FULL.seconds + SETUP_SECONDS)
-    return (
-        f"rlkern benchmarks: about {(known + guessed) / 60:.0f} minutes, {known / 60:.0f} of them "
-        "as last time on this machine, the rest an upper guess; leave the machine alone meanwhile"
-    )
+    known = sum(kept.get(stem, 0.0) for stem in {item.path.stem for item in items})
+    guessed = sum(guessed_seconds([item for item in items if item.path.stem not in kept]))
+    lines = [
+        f"rlkern benchmarks: about {(known + guessed) / 60:.1f} minutes, {known / 60:.1f} of them "
+        "as last time on this machine, the rest a guess; leave the machine alone meanwhile"
+    ]
+    if (load := os.getloadavg()[0]) > BUSY_LOAD:
+        lines.append(f"The machine is busy (load {load:.1f}): the figures will say little.")
+    return lines
+
+
+def guessed_seconds(items):
+    """Of each case among these tests, which are its contestants, and of each sweep."""
+    cases: dict[str, list] = {}
+    for item in items:
+        params = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+        if "contestant" not in params:
+            yield SWEEP_SECONDS
+            continue
+        del params["contestant"]
+        cases.setdefault(f"{item.originalname} {params}", []).append(params.get("plan", FULL))
+    for plans in cases.values():
+        yield plans[0].processes * (SETUP_SECONDS + len(plans) * plans[0].seconds)
 
 
 @pytest.fixture

@@ -31,14 +31,23 @@ def _plain(axes: Any) -> None:
 
 
 def _panel(axes: Any, case: dict[str, Any], task: str, title: str) -> None:
-    """Times of one task's contestants, the fastest on top, and the floor as a line."""
+    """Times of one task's contestants with their range over processes, and the floor as a line.
+
+    Points, not bars: the axis is logarithmic and has no zero that a length could start from.
+    """
     entries = [e for e in case["entries"].values() if e["task"] == task and e["status"] == "ok"]
     entries.sort(key=lambda entry: -entry["seconds"]["median"])
-    times = [1e3 * entry["seconds"]["median"] for entry in entries]
-    colors = [OURS if e["name"].startswith("rlkern") else PEERS for e in entries]
-    axes.barh([e["name"] for e in entries], times, color=colors, height=0.7)
-    for place, value in enumerate(times):
-        axes.text(value, place, f" {value:.3g}", va="center", fontsize=8, color=INK)
+    for place, entry in enumerate(entries):
+        low, middle, high = (1e3 * entry["seconds"][name] for name in ("low", "median", "high"))
+        color = OURS if entry["name"].startswith("rlkern") else PEERS
+        axes.plot([low, high], [place, place], color=color, linewidth=2, solid_capstyle="round")
+        axes.plot([middle], [place], marker="o", markersize=7, color=color)
+        axes.annotate(tables.figure(middle), (high, place), xytext=(8, 0), va="center",
+                      textcoords="offset points", fontsize=8, color=INK)  # fmt: skip
+    axes.set_yticks(range(len(entries)), [entry["name"] for entry in entries])
+    axes.set_ylim(-0.6, len(entries) - 0.4)
+    axes.grid(axis="y", color=FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
     names = case["bounds"][task]
     known = case["ceilings"] | {k: e["seconds"] for k, e in case["entries"].items()
                                 if e["status"] == "ok"}  # fmt: skip
@@ -54,7 +63,7 @@ def _panel(axes: Any, case: dict[str, Any], task: str, title: str) -> None:
     _plain(axes)
 
 
-def bars(cases: list[dict[str, Any]], file: Path) -> None:
+def contestants(cases: list[dict[str, Any]], file: Path) -> None:
     """A panel for every task of every case of an operator."""
     panels = [(case, task) for case in cases for task in case["bounds"]]
     rows = (len(panels) + 1) // 2

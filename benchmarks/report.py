@@ -76,7 +76,7 @@ def write_folder(folder: Path) -> None:
     sweeps.write_pages(folder / "scaling")
     files = sorted(folder.glob("*.json"))
     for file in files:
-        plots.bars(store.read(file), folder / f"{file.stem}.png")
+        plots.contestants(store.read(file), folder / f"{file.stem}.png")
         write_tables(folder, file.stem)
     if files:
         store.write(folder / "index.md", _index(folder, store.read_all(folder)))

@@ -48,9 +48,14 @@ def write(file: Path, content: str) -> None:
 
 
 def keep(folder: Path, case: dict[str, Any], machine: dict[str, Any]) -> None:
-    """Puts a case into its operator's file, in the place of an older measurement of it."""
+    """Puts a case into its operator's file, in the place of an older measurement of it.
+
+    Cases with other parameters than it has, not other values of these, are those of an older
+    definition of the benchmark, and go.
+    """
     file = folder / f"{case['operator']}.json"
     kept = read(file) if file.exists() else []
+    kept = [old for old in kept if old["params"].keys() == case["params"].keys()]
     new = case | {"machine": machine}
     places = [identity(old) for old in kept]
     if identity(new) in places:

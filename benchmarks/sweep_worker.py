@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import bench_from_logits, bench_policy_loss, bench_return_scan
+from benchmarks import bench_from_logits, bench_policy_loss, bench_return_scan, ceilings
 from benchmarks import bench_token_logprobs as rows
 from benchmarks.bench_token_logprobs import Produce
 
@@ -29,6 +29,7 @@ BLOCK = 64
 #: Eager holds the logits several times over, and its slope is known by then.
 EAGER_ELEMENTS = 1 << 26
 SECONDS, LEAST, MOST = 0.3, 3, 200
+READ_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,11 @@ class Point:
 
 
 def available_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """What Linux would give without swapping, the file cache included."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("this system does not say how much memory is available")
 
 
 class Logits:
@@ -127,11 +132,12 @@ def from_logits(tokens: int, vocab: int) -> Point:
         # The mean over the batch divides by its tokens; the last rows repeat the first.
         gradient = out[1].reshape(tokens, vocab)
         last = (tokens - 1) // BLOCK * BLOCK
-        worst = 0.0
+        worst = []
         for part in (gradient[:BLOCK], gradient[last:]):
             wanted = expected[: len(part)]
-            worst = max(worst, ((part.double() * tokens - wanted).norm() / wanted.norm()).item())
-        return worst
+            worst.append((part.double() * tokens - wanted).norm() / wanted.norm())
+        # torch's maximum keeps a NaN, Python's would lose it.
+        return torch.stack(worst).max().item()
 
     return Point(
         {name: ready(build) for name, build in contestants.items()},
@@ -216,7 +222,8 @@ SWEEPS: dict[str, dict[str, tuple[tuple[int, ...], Callable[[int], Point]]]] = {
                        lambda n: token_logprobs(BLOCK, n)),
     },
     "from_logits": {
-        "tokens": (POWERS, lambda n: from_logits(n, VOCAB)),
+        # Every call needs the logits anew: for 64 K tokens, a second's copy for each.
+        "tokens": (POWERS[:15], lambda n: from_logits(n, VOCAB)),
         "vocabulary": ((1024, 4096, 8192, 32000, 50257, 128256, 151936, 262144),
                        lambda n: from_logits(BLOCK, n)),
     },
@@ -244,23 +251,32 @@ def over_threads(operator: str, quick: bool, seconds: float) -> Iterable[dict[st
         yield run(threads, point, seconds) | {"elements": point.elements / threads}
 
 
-def sweep(operator: str, axis: str, quick: bool) -> list[dict[str, Any]]:
-    seconds = 0.01 if quick else SECONDS
+def read_rate() -> float:
+    """Bytes a second that all threads together read from memory."""
+    words = torch.ones(READ_BYTES // 4)
+    calls = [call for key, call in ceilings.candidates(words).items() if "read" in key]
+    return READ_BYTES / min(median(timed(lambda call=call: call, 0.1)) for call in calls)
+
+
+def sweep(operator: str, axis: str, quick: bool) -> dict[str, Any]:
+    """What the reply holds: the points, and what memory gives at best."""
+    rate, seconds = read_rate(), 0.01 if quick else SECONDS
     if axis == "threads":
-        return list(over_threads(operator, quick, seconds))
+        points = list(over_threads(operator, quick, seconds))
+        return {"points": points, "read_bytes_per_second": rate}
     values, build = SWEEPS[operator][axis]
-    points: list[dict[str, Any]] = []
+    points = []
     for n in values[:4] if quick else values:
-        # Twice the last point's bytes, and as much again for what a call allocates.
-        if points and 4 * n / points[-1]["n"] * points[-1]["bytes"] > available_bytes():
+        # Its bytes, and as much again for what a call allocates: eager is left out by then.
+        if points and 2 * n / points[-1]["n"] * points[-1]["bytes"] > available_bytes():
             break
         points.append(run(n, build(n), seconds))
-    return points
+    return {"points": points, "read_bytes_per_second": rate}
 
 
 def main(request_file: str, reply_file: str) -> None:
     request = json.loads(Path(request_file).read_text())
-    Path(reply_file).write_text(json.dumps({"points": sweep(**request)}))
+    Path(reply_file).write_text(json.dumps(sweep(**request)))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ LINEAR = 1.25
 
 def measure(operator: str, axis: str, quick: bool) -> dict[str, Any]:
     """Runs a sweep in a child process."""
-    start = time.perf_counter()
+    busy, start = os.getloadavg()[0], time.perf_counter()
     request = {"operator": operator, "axis": axis, "quick": quick}
-    points = run_child("benchmarks.sweep_worker", request)["points"]
+    reply = run_child("benchmarks.sweep_worker", request)
     title = f"{operator} over {axis}"
     took = time.perf_counter() - start
-    return {"operator": operator, "axis": axis, "title": title, "points": points,
-            "took_seconds": took}  # fmt: skip
+    return {"operator": operator, "axis": axis, "title": title, **reply,
+            "load_before": busy, "took_seconds": took}  # fmt: skip
 
 
 def file_name(sweep: dict[str, Any]) -> str:
@@ -54,11 +55,31 @@ def linear_range(sweep: dict[str, Any], name: str) -> tuple[int, int]:
     return first, last
 
 
-def _cache_between(sweep: dict[str, Any], low: int, high: int) -> str | None:
-    for cache, size in sweep["machine"]["caches"].items():
-        if low <= size < high:
-            return f"between them the bytes of a call pass {cache}'s {size / 2**20:.3g} MiB"
-    return None
+def _below(sweep: dict[str, Any], name: str, first: int, best: float) -> str:
+    """What small points cost beyond their elements; over threads there is no such cost."""
+    found = costs(sweep, name)
+    (smallest, cost), start = found[0], found[first][0]["n"]
+    text = f"Below {start} an element costs more, {cost / best:.3g} times at {smallest['n']}"
+    if sweep["axis"] == "threads":
+        return f"{text}; the reason is not known."
+    fixed = smallest["seconds"][name]["median"] - best * smallest["elements"]
+    return f"{text}: that call takes {figure(1e3 * fixed)} ms besides what its elements would."
+
+
+def _reason(
+    sweep: dict[str, Any], name: str, inside: dict[str, Any], beyond: dict[str, Any]
+) -> str:
+    """Why the line ends between two points: a cache, the memory's rate, or unknown."""
+    if sweep["axis"] == "threads":
+        rate = beyond["bytes"] / beyond["seconds"][name]["median"]
+        most = sweep["read_bytes_per_second"]
+        if rate > most / 2:
+            return f"memory binds, {rate / 1e9:.3g} of the {most / 1e9:.3g} GB/s that reading gets"
+    else:
+        for cache, size in sweep["machine"]["caches"].items():
+            if inside["bytes"] <= size < beyond["bytes"]:
+                return f"between them the bytes of a call pass {cache}'s {size / 2**20:.3g} MiB"
+    return "the reason is not known"
 
 
 def sentences(sweep: dict[str, Any], name: str) -> list[str]:
@@ -72,45 +93,41 @@ def sentences(sweep: dict[str, Any], name: str) -> list[str]:
         f"best {figure(best * 1e9)} ns an element."
     ]
     if first > 0:
-        smallest = found[0][0]
-        at = smallest["seconds"][name]["median"]
-        text.append(
-            f"Below {low['n']} an element costs more, {found[0][1] / best:.3g} times at "
-            f"{smallest['n']}: that call takes {figure(at * 1e3)} ms, most of it the call itself."
-            if axis != "threads"
-            else f"{smallest['n']} threads are off the line."
-        )
+        text.append(_below(sweep, name, first, best))
     if last + 1 < len(found):
-        beyond, cost = found[last + 1]
-        why = _cache_between(sweep, high["bytes"], beyond["bytes"]) if axis != "threads" else (
-            f"the threads share one memory, which moves "
-            f"{beyond['bytes'] / beyond['seconds'][name]['median'] / 1e9:.3g} GB/s for them"
-        )  # fmt: skip
+        (beyond, cost), (end, end_cost) = found[last + 1], found[-1]
         text.append(
             f"From {beyond['n']} on it is not: {cost / best:.3g} times the best there, "
-            f"{found[-1][1] / best:.3g} at {found[-1][0]['n']}; {why or 'the reason is not known'}."
+            f"{end_cost / best:.3g} at {end['n']}; {_reason(sweep, name, high, beyond)}."
         )
     return text
 
 
+def _cells(sweep: dict[str, Any], point: dict[str, Any], name: str) -> list[str]:
+    error = f"{point['errors'][name]:.1e}" if name in point["errors"] else "-"
+    if name not in point["seconds"]:
+        return [point["wrong"].get(name, "not run"), "-", "-", error]
+    seconds = point["seconds"][name]["median"]
+    share = point["bytes"] / seconds / sweep["read_bytes_per_second"]
+    return [
+        figure(1e3 * seconds), figure(1e9 * seconds / point["elements"]), f"{share:.2f}", error
+    ]  # fmt: skip
+
+
 def _page(sweep: dict[str, Any]) -> str:
     lines = [f"## {sweep['title']}", "", f"![{sweep['title']}]({file_name(sweep)}.png)", ""]
+    lines += [f"Machine's load before {sweep['load_before']:.1f}."]
     names = list(dict.fromkeys(n for point in sweep["points"] for n in point["seconds"]))
     for name in (n for n in names if n.startswith("rlkern")):
         lines += sentences(sweep, name)
     header = [sweep["axis"], "MB moved"]
     for name in names:
-        header += [f"{name}, ms", "ns an element", "error"]
+        header += [f"{name}, ms", "ns an element", "of reading", "error"]
     rows = []
     for point in sweep["points"]:
         row = [str(point["n"]), f"{point['bytes'] / 1e6:.3g}"]
         for name in names:
-            if name in point["seconds"]:
-                seconds = point["seconds"][name]["median"]
-                row += [figure(1e3 * seconds), figure(1e9 * seconds / point["elements"])]
-            else:
-                row += [point["wrong"].get(name, "not run"), "-"]
-            row.append(f"{point['errors'][name]:.1e}" if name in point["errors"] else "-")
+            row += _cells(sweep, point, name)
         rows.append(row)
     return "\n".join([*lines, *table(header, rows), ""])
 
@@ -126,7 +143,12 @@ def write_pages(folder: Path) -> None:
         plots.curve(sweep, folder / f"{file_name(sweep)}.png")
     newest = max((sweep["machine"] for sweep in sweeps), key=lambda machine: machine["date"])
     head = ["# Scaling", "", *facts(newest), ""]
-    head += ["Medians of repeated calls in one process, nothing pushed out of the caches. Over",
-             "threads, an element's time is multiplied by their number. Eager stops where it would",
-             "need several times the logits; \"not run\" says so.", ""]  # fmt: skip
+    head += [
+        "Medians of repeated calls in one process, nothing pushed out of the caches. Over threads,",
+        'an element\'s time is multiplied by their number. "Of reading": the bytes that a call of',
+        "ours cannot do without, each once, over its time, as a share of what reading 256 MB of",
+        'memory gets; caches give more than 1. Eager stops ("not run") where it would need several',
+        "times the memory.",
+        "",
+    ]
     store.write(folder / "index.md", "\n".join([*head, *map(_page, sweeps)]))

@@ -150,6 +150,9 @@ COMPOSITES = {
         f"{_POLICY_TOKENS}, {_POLICY_WHOLE}, "
         "bool return_entropy, str backend) -> (Tensor, Tensor, Tensor)"
     ),
+    # x [..., V] times a number on its device, in place. A GPU's kernel leaves x alone where that is
+    # 1, without the host's looking.
+    "scale_": "(Tensor(a!) x, Tensor factor) -> ()",
     # active: where a token's gradient may differ from 0; others are left out of its products.
     # -> loss [], metrics, and the gradients of hidden, weight and bias, [0] where not needed.
     "policy_loss_hidden": (

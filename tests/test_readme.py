@@ -19,6 +19,7 @@ from benchmarks import readme  # noqa: E402
 RUN_BY = {
     "make train": ".ci/run",
     "make test": ".ci/run",
+    "rlkern train ppo": "tests/loops/test_run.py",
     "pip install .": "tests/build/test_build.py",
     "make bench": "tests/benchmarks/test_report.py",
     "python -m rlkern.info": "tests/build/test_build.py",

@@ -65,7 +65,24 @@ RLKERN_INLINE DivergenceTerms<T> divergence_terms(T larger, T t, float beta) {
   return {larger * value, p * (rises ? log_w : log_v) * -beta, p};
 }
 
-// The divergence where the policy, or the reference, has no distribution: nothing but -inf.
+// ---- a row -------------------------------------------------------------------------------------
+
+// What the forward pass leaves of a row for the gradient: the operator's state [..., 6].
+struct DivergenceState {
+  float max, log_sum, ref_max, ref_log_sum;
+  float offset;  // what is taken off t
+  float mean;    // of f: not finite where there is no gradient but NaN
+};
+
+// What is taken off the policy's logits before the reference's are: the maxima's difference in
+// steps of 16. A shift of all logits is no difference between the distributions, but would round
+// t; and below 16 the logits' own difference is the exact one where they are nearly equal.
+RLKERN_INLINE float divergence_shift(float max, float ref_max) {
+  return 16.0f * rl_rint((max - ref_max) / 16.0f);
+}
+
+// The divergence where only the policy, or only the reference, has a distribution: the other row
+// holds nothing but -inf.
 RLKERN_INLINE double divergence_of_one(Divergence kind, double beta, bool policy) {
   const double inf = __builtin_inf();
   if (kind == Divergence::kKl) return policy ? inf : 0;
@@ -74,11 +91,52 @@ RLKERN_INLINE double divergence_of_one(Divergence kind, double beta, bool policy
   return -share * rl_log(share);
 }
 
-// What is taken off the policy's logits before the reference's are: the maxima's difference in
-// steps of 16. A shift of all logits is no difference between the distributions, but would round
-// t; and below 16 the logits' own difference is the exact one where they are nearly equal.
-RLKERN_INLINE float divergence_shift(float max, float ref_max) {
-  return 16.0f * __builtin_rintf((max - ref_max) / 16.0f);
+struct DivergenceRowBegin {
+  DivergenceState state;
+  bool settled;  // the rows need not be read once more: this is the value, and the state is whole
+  double value;
+};
+
+// From the maximum of each row (of the capped logits, -inf: nothing else is there) and the
+// logarithm of its sum of exponentials relative to that.
+RLKERN_INLINE DivergenceRowBegin divergence_begin(Divergence kind, double beta, float max,
+                                                  double log_sum, float ref_max, double ref_log_sum,
+                                                  float inv_temperature) {
+  const float inf = __builtin_inff();
+  DivergenceRowBegin row = {
+      {max, static_cast<float>(log_sum), ref_max, static_cast<float>(ref_log_sum), 0, 0}, true, 0};
+  // The maximum drops NaN, the sum does not.
+  if (log_sum != log_sum || ref_log_sum != ref_log_sum) {
+    row.value = __builtin_nan("");
+    row.state.mean = __builtin_nanf("");
+    return row;
+  }
+  const bool policy = max != -inf, reference = ref_max != -inf;
+  if (policy && reference) {
+    const double shift = divergence_shift(max, ref_max);
+    row.state.offset = static_cast<float>(
+        (static_cast<double>(max) - ref_max - shift) * inv_temperature + (log_sum - ref_log_sum));
+    row.settled = false;
+  } else if (policy || reference) {
+    row.value = divergence_of_one(kind, beta, policy);
+    // No gradient, but of an infinite KL.
+    if (policy && row.value == inf) row.state.mean = inf;
+  }
+  return row;
+}
+
+enum class DivergenceGradient { kZero, kNan, kComputed };
+
+// What the gradient of a row is. One that holds a NaN shows it, whatever is upstream.
+RLKERN_INLINE DivergenceGradient divergence_gradient(const DivergenceState& s, bool counts,
+                                                     float upstream) {
+  const float inf = __builtin_inff();
+  if (!counts) return DivergenceGradient::kZero;
+  if (s.mean != s.mean) return DivergenceGradient::kNan;
+  if (upstream == 0) return DivergenceGradient::kZero;
+  if (s.mean == inf || s.mean == -inf) return DivergenceGradient::kNan;
+  const bool both = s.max != -inf && s.ref_max != -inf;
+  return both ? DivergenceGradient::kComputed : DivergenceGradient::kZero;
 }
 
 }  // namespace rlkern

@@ -27,6 +27,7 @@ RLKERN_INLINE double rl_exp(double x) { return ::exp(x); }
 RLKERN_INLINE double rl_expm1(double x) { return ::expm1(x); }
 RLKERN_INLINE double rl_log(double x) { return ::log(x); }
 RLKERN_INLINE double rl_log1p(double x) { return ::log1p(x); }
+RLKERN_INLINE float rl_rint(float x) { return ::rintf(x); }
 #else
 RLKERN_INLINE float rl_exp(float x) { return __builtin_expf(x); }
 RLKERN_INLINE float rl_expm1(float x) { return __builtin_expm1f(x); }
@@ -36,6 +37,7 @@ RLKERN_INLINE double rl_exp(double x) { return __builtin_exp(x); }
 RLKERN_INLINE double rl_expm1(double x) { return __builtin_expm1(x); }
 RLKERN_INLINE double rl_log(double x) { return __builtin_log(x); }
 RLKERN_INLINE double rl_log1p(double x) { return __builtin_log1p(x); }
+RLKERN_INLINE float rl_rint(float x) { return __builtin_rintf(x); }
 #endif
 
 // exp(x), and exp(x) - 1 without cancellation.

@@ -131,6 +131,13 @@ RLKERN_INLINE SequenceShares sequence_shares(const PolicyOptions& o, double leng
   return shares;
 }
 
+RLKERN_INLINE SequenceShares scaled(SequenceShares shares, GradientScales scales) {
+  shares.policy *= scales.policy;
+  shares.kl *= scales.policy;
+  shares.bonus *= scales.bonus;
+  return shares;
+}
+
 template <SurrogateKind kSurrogate, typename T, typename Flag>
 RLKERN_INLINE void add_term(const PolicyOptions& o, bool has_ref, Flag counts,
                             const PolicyTerm<T>& t, T* sum, RatioRange<T>* range) {

@@ -63,6 +63,12 @@ struct PolicyTotals {
   }
 };
 
+// What the gradients are multiplied by: one over the batch's denominators.
+struct GradientScales {
+  float policy;  // of the policy and KL terms
+  float bonus;
+};
+
 struct PolicyResult {
   double loss;
   double scale;          // one over the denominator of the policy and KL terms

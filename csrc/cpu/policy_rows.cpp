@@ -11,55 +11,33 @@
 #include <memory>
 
 #include "../common/formulas.h"
-#include "../common/policy_arguments.h"
+#include "../common/policy_row_arguments.h"
 #include "isa.h"
 #include "logit_rows.h"
 
 namespace rlkern {
 namespace {
 
-// What the loss asks of a token, one value each.
-struct TokenInputs {
-  const float* advantages;
-  const float* old_logprobs;
-  const float* ref_logprobs;
-  const float* rollout_logprobs;
-  const float* token_weights;
-  const unsigned char* entropy_mask;
-  const GradientScales* scales;
-
-  template <typename T>
-  static const T* at(const T* values, int64_t token) {
+// A token as a sequence of its own, with room for its results.
+PolicySequence as_sequence(const TokenInputs& in, int64_t token, const float* logprob,
+                           const float* entropy, float* upstream) {
+  const auto at = [token](const auto* values) {
     return values == nullptr ? nullptr : values + token;
-  }
-  // A token as a sequence of its own, with room for its results.
-  PolicySequence sequence(int64_t token, const float* logprob, const float* entropy,
-                          float* upstream) const {
-    PolicySequence s = {};
-    s.size = 1;
-    s.logprobs = logprob;
-    s.one_advantage = true;
-    s.advantage = advantages[token];
-    s.old_logprobs = at(old_logprobs, token);
-    s.ref_logprobs = at(ref_logprobs, token);
-    s.rollout_logprobs = at(rollout_logprobs, token);
-    s.entropy = entropy;
-    s.token_weights = at(token_weights, token);
-    s.entropy_mask = at(entropy_mask, token);
-    s.grad_logprobs = upstream;
-    s.grad_entropy = upstream + 1;
-    return s;
-  }
-};
-
-template <typename T>
-const T* per_token(const std::optional<Tensor>& tensor, int64_t values, ScalarType dtype,
-                   const char* name) {
-  if (!tensor.has_value()) return nullptr;
-  check(tensor->scalar_type() == dtype && tensor->is_contiguous() && tensor->numel() == values &&
-            !tensor->is_cuda(),
-        name, ": expected ", values, " contiguous values on the CPU");
-  return static_cast<const T*>(tensor->data_ptr());
+  };
+  PolicySequence s = {};
+  s.size = 1;
+  s.logprobs = logprob;
+  s.one_advantage = true;
+  s.advantage = in.advantages[token];
+  s.old_logprobs = at(in.old_logprobs);
+  s.ref_logprobs = at(in.ref_logprobs);
+  s.rollout_logprobs = at(in.rollout_logprobs);
+  s.entropy = entropy;
+  s.token_weights = at(in.token_weights);
+  s.entropy_mask = at(in.entropy_mask);
+  s.grad_logprobs = upstream;
+  s.grad_entropy = upstream + 1;
+  return s;
 }
 
 // Room for the exponentials of a row and the maxima of its blocks. Exponentials of fp32 logits lie
@@ -80,24 +58,14 @@ class KeptRow {
   std::unique_ptr<float[]> values_;
 };
 
-struct Results {
-  Tensor logprobs, entropy, upstream;
-};
-
-Results over_rows(const LogitRows& rows, const Tensor& logits, const TokenInputs& in,
-                  const PolicyOptions& o, bool return_entropy, const Tensor& grad) {
+PolicyRowResults over_rows(const LogitRows& rows, const Tensor& logits, const TokenInputs& in,
+                           const PolicyOptions& o, bool return_entropy, const Tensor& grad) {
   rows.check_values(false);
-  std::vector<int64_t> sizes(logits.sizes().begin(), logits.sizes().end() - 1);
-  const auto empty = [&](const std::vector<int64_t>& shape) {
-    return torch::stable::new_empty(logits, shape, ScalarType::Float);
-  };
-  Results out = {empty(sizes), empty(return_entropy ? sizes : std::vector<int64_t>{0}), Tensor()};
-  sizes.push_back(2);
-  out.upstream = empty(sizes);
+  const TokenGrid out_grid = gradient_grid(grad, logits);
+  const PolicyRowResults out = new_policy_row_results(logits, return_entropy);
   float* logp = static_cast<float*>(out.logprobs.data_ptr());
   float* ent = return_entropy ? static_cast<float*>(out.entropy.data_ptr()) : nullptr;
   float* upstream = static_cast<float*>(out.upstream.data_ptr());
-  const TokenGrid out_grid = token_grid(grad, grad.dim() - 1, "grad");
   char* dx = static_cast<char*>(grad.data_ptr());
   const int type = static_cast<int>(rows.type);
   const auto forward = row_kernels().forward_keeping[type];
@@ -126,7 +94,7 @@ Results over_rows(const LogitRows& rows, const Tensor& logits, const TokenInputs
       logp[i] = static_cast<float>(result.logprob);
       if (ent != nullptr) ent[i] = static_cast<float>(result.entropy);
       const float log_sum = static_cast<float>(result.log_sum);
-      policy(o, in.sequence(i, logp + i, ent == nullptr ? nullptr : ent + i, up), in.scales[i],
+      policy(o, as_sequence(in, i, logp + i, ent == nullptr ? nullptr : ent + i, up), in.scales[i],
              &ignored);
       const bool silent =
           ((up[0] == 0 && up[1] == 0) || pass.max == -kInfinity) && log_sum == log_sum;
@@ -152,31 +120,11 @@ std::tuple<Tensor, Tensor, Tensor> policy_rows_cpu(
     std::optional<Tensor> entropy_mask, Tensor scales, std::vector<double> options,
     bool return_entropy) {
   const LogitRows rows(logits, token_ids, mask, token_temperature, temperature, softcap);
-  check(grad.scalar_type() == logits.scalar_type() && grad.numel() == logits.numel() &&
-            grad.dim() == logits.dim() && !grad.is_cuda() &&
-            (rows.vocab == 1 || grad.stride(grad.dim() - 1) == 1),
-        "grad: expected rows of consecutive values in the logits' shape and dtype");
-  const PolicyOptions o = checked_options(options);
-  check(!o.needs_sums() && o.surrogate != SurrogateKind::kGmpo,
-        "options: expected a loss that is separable by token");
-  check(o.kl_coef == 0 || ref_logprobs.has_value(), "ref_logprobs: expected with kl_coef");
-  check(o.entropy_coef == 0 || return_entropy, "return_entropy: expected with entropy_coef");
-  check(o.correction == CorrectionLevel::kNone || rollout_logprobs.has_value(),
-        "rollout_logprobs: expected with a rollout correction");
-  const int64_t n = rows.grid.size();
-  const auto floats = [&](const std::optional<Tensor>& tensor, const char* name) {
-    return per_token<float>(tensor, n, ScalarType::Float, name);
-  };
-  const TokenInputs in = {
-      floats(advantages, "advantages"),
-      floats(old_logprobs, "old_logprobs"),
-      floats(ref_logprobs, "ref_logprobs"),
-      floats(rollout_logprobs, "rollout_logprobs"),
-      floats(token_weights, "token_weights"),
-      flag_bytes(per_token<bool>(entropy_mask, n, ScalarType::Bool, "entropy_mask")),
-      reinterpret_cast<const GradientScales*>(
-          per_token<float>(scales, 2 * n, ScalarType::Float, "scales"))};
-  const Results out = over_rows(rows, logits, in, o, return_entropy, grad);
+  const SeparableTensors tensors = {advantages,    old_logprobs, ref_logprobs, rollout_logprobs,
+                                    token_weights, entropy_mask, scales};
+  const PolicyOptions o = separable_options(options, tensors, return_entropy);
+  const TokenInputs in = token_inputs(tensors, logits, rows.grid.size());
+  const PolicyRowResults out = over_rows(rows, logits, in, o, return_entropy, grad);
   return {out.logprobs, out.entropy, out.upstream};
 }
 

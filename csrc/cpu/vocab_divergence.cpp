@@ -19,16 +19,7 @@
 namespace rlkern {
 namespace {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-
-// What the forward pass leaves of a row for the gradient, the operator's state [..., 6].
-struct RowState {
-  float max, log_sum, ref_max, ref_log_sum;
-  float offset;
-  float mean;  // of f: not finite where there is no gradient but NaN
-};
-constexpr int64_t kState = sizeof(RowState) / sizeof(float);
+constexpr int64_t kState = sizeof(DivergenceState) / sizeof(float);
 
 // The rows of the policy and of the reference, and the numbers of the divergence.
 struct RowPairs {
@@ -60,7 +51,7 @@ struct RowPairs {
           name, ": expected rows of consecutive values in the logits' shape and dtype");
   }
 
-  DivergenceRow row(int64_t token, const RowState& s) const {
+  DivergenceRow row(int64_t token, const DivergenceState& s) const {
     const LogitRow of_policy = policy.row(token);
     return {of_policy.x,
             reference.row_data(token),
@@ -88,39 +79,23 @@ double log_sum_of(LogitRow row, const void* x, LogitType type, float* max) {
 
 struct RowResult {
   double value;
-  RowState state;
+  DivergenceState state;
 };
 
 RowResult forward_row(const RowPairs& pairs, int64_t token) {
   const LogitRow of_policy = pairs.policy.row(token);
-  RowState s = {};
-  const double log_sum = log_sum_of(of_policy, of_policy.x, pairs.policy.type, &s.max);
-  const double ref_log_sum =
-      log_sum_of(of_policy, pairs.reference.row_data(token), pairs.policy.type, &s.ref_max);
-  s.log_sum = static_cast<float>(log_sum);
-  s.ref_log_sum = static_cast<float>(ref_log_sum);
-  // The maximum drops NaN, the sum does not.
-  if (std::isnan(log_sum) || std::isnan(ref_log_sum)) {
-    s.mean = kNan;
-    return {kNan, s};
-  }
-  const bool policy = s.max != -kInfinity, reference = s.ref_max != -kInfinity;
-  if (!policy || !reference) {
-    const double value =
-        policy == reference ? 0 : divergence_of_one(pairs.kind, pairs.beta, policy);
-    // No gradient, but of an infinite KL.
-    s.mean = policy && std::isinf(value) ? kInfinity : 0;
-    return {value, s};
-  }
-  const double shift = divergence_shift(s.max, s.ref_max);
-  s.offset = static_cast<float>((static_cast<double>(s.max) - s.ref_max - shift) *
-                                    of_policy.inv_temperature +
-                                (log_sum - ref_log_sum));
+  const LogitType type = pairs.policy.type;
+  float max, ref_max;
+  const double log_sum = log_sum_of(of_policy, of_policy.x, type, &max);
+  const double ref_log_sum = log_sum_of(of_policy, pairs.reference.row_data(token), type, &ref_max);
+  DivergenceRowBegin begun = divergence_begin(pairs.kind, pairs.beta, max, log_sum, ref_max,
+                                              ref_log_sum, of_policy.inv_temperature);
+  if (begun.settled) return {begun.value, begun.state};
   DivergenceSums sums;
-  divergence_kernels().sums[static_cast<int>(pairs.kind)][static_cast<int>(pairs.policy.type)](
-      pairs.row(token, s), &sums);
-  s.mean = static_cast<float>(sums.mean);
-  return {sums.value, s};
+  divergence_kernels().sums[static_cast<int>(pairs.kind)][static_cast<int>(type)](
+      pairs.row(token, begun.state), &sums);
+  begun.state.mean = static_cast<float>(sums.mean);
+  return {sums.value, begun.state};
 }
 
 template <typename Scalar>
@@ -129,7 +104,9 @@ void fill(void* out, int64_t size, Scalar value) {
 }
 
 void fill_nan(void* out, int64_t size, LogitType type) {
-  if (type == LogitType::kFloat) return fill<float>(out, size, kNan);
+  if (type == LogitType::kFloat) {
+    return fill(out, size, std::numeric_limits<float>::quiet_NaN());
+  }
   fill<uint16_t>(out, size, type == LogitType::kHalf ? 0x7e00 : 0x7fc0);
 }
 
@@ -141,7 +118,7 @@ void gradient_rows(const RowPairs& pairs, const Tensor& grad_value, const Tensor
             state.scalar_type() == ScalarType::Float,
         "state: expected what the forward pass returned");
   RowPairs::require_same(grad, logits, "grad");
-  const auto* saved = static_cast<const RowState*>(state.data_ptr());
+  const auto* saved = static_cast<const DivergenceState*>(state.data_ptr());
   const TokenGrid out_grid = token_grid(grad, grad.dim() - 1, "grad");
   char* out = static_cast<char*>(grad.data_ptr());
   const auto kernel =
@@ -150,17 +127,17 @@ void gradient_rows(const RowPairs& pairs, const Tensor& grad_value, const Tensor
   torch::stable::parallel_for(0, rows.grid.size(), rows.grain(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       void* dx = out + out_grid.offset(i) * rows.element_size;
-      const RowState& s = saved[i];
-      const float g = upstream[i];
-      const bool broken = std::isnan(s.mean);
-      const bool one_has_none = s.max == -kInfinity || s.ref_max == -kInfinity;
-      // Rows without a gradient are not read; a NaN shows whatever is upstream.
-      if (!rows.counts(i) || (!broken && (g == 0 || (one_has_none && std::isfinite(s.mean))))) {
-        std::memset(dx, 0, rows.vocab * rows.element_size);
-      } else if (!std::isfinite(s.mean)) {
-        fill_nan(dx, rows.vocab, rows.type);
-      } else {
-        kernel(pairs.row(i, s), s.mean, g, dx);
+      const DivergenceState& s = saved[i];
+      // Rows without a gradient are not read.
+      switch (divergence_gradient(s, rows.counts(i), upstream[i])) {
+        case DivergenceGradient::kZero:
+          std::memset(dx, 0, rows.vocab * rows.element_size);
+          break;
+        case DivergenceGradient::kNan:
+          fill_nan(dx, rows.vocab, rows.type);
+          break;
+        case DivergenceGradient::kComputed:
+          kernel(pairs.row(i, s), s.mean, upstream[i], dx);
       }
     }
   });
@@ -180,7 +157,7 @@ std::tuple<Tensor, Tensor> vocab_divergence_cpu(Tensor logits, Tensor ref_logits
   sizes.push_back(kState);
   Tensor state = torch::stable::new_empty(logits, sizes, ScalarType::Float);
   float* values = static_cast<float*>(value.data_ptr());
-  auto* states = static_cast<RowState*>(state.data_ptr());
+  auto* states = static_cast<DivergenceState*>(state.data_ptr());
   const LogitRows& rows = pairs.policy;
   torch::stable::parallel_for(0, rows.grid.size(), rows.grain(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

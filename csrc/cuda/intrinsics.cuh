@@ -56,12 +56,12 @@ RLKERN_INLINE uint64_t double_to_bits(double x) {
 
 // ---- memory -----------------------------------------------------------------------------------
 
-// Memory that no thread writes during the kernel. Read once: it need not stay in the first-level
-// cache; the second level may keep it for the backward pass.
+// Read once: it need not stay in the first-level cache; the second level may keep it for a second
+// walk. Not ld.global.nc, since a kernel may write over what all its threads have read.
 RLKERN_INLINE Pack load_pack_streamed(const void* aligned) {
   Pack p;
 #if defined(__CUDA_ARCH__)
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(p.word[0]), "=r"(p.word[1]), "=r"(p.word[2]), "=r"(p.word[3])
                : "l"(aligned));
 #else
@@ -70,7 +70,7 @@ RLKERN_INLINE Pack load_pack_streamed(const void* aligned) {
   return p;
 }
 
-// Memory that the kernel may write, or that neighbouring threads read as well.
+// Memory that neighbouring threads read as well, or that the block keeps.
 RLKERN_INLINE Pack load_pack(const void* aligned) {
   Pack p;
 #if defined(__CUDA_ARCH__)

@@ -33,6 +33,18 @@ struct RowGradient {
   }
 };
 
+// Of a row that counts, for upstream gradients g of its log-probability and h of its entropy.
+RLKERN_INLINE RowGradient gradient_of(const RowResult& row, float g, float h, float scale,
+                                      int64_t id) {
+  if (row.log_sum != row.log_sum || row.logprob != row.logprob) {
+    return RowGradient::filled(__builtin_nanf(""));
+  }
+  if (row.logprob == kMinusInf) g = 0;
+  if ((g == 0 && h == 0) || row.max == kMinusInf) return RowGradient::filled(0);
+  return RowGradient::computed(token_gradient(g, h, row.logprob, row.entropy, row.log_sum), row.max,
+                               row.log_sum, scale, id);
+}
+
 // A slice of a row as the backward pass cuts it: whole vectors of the gradient, and for the first
 // and the last slice up to a vector's worth of single elements.
 template <typename Type>

@@ -37,6 +37,11 @@ struct LogitRows {
   }
 };
 
+// The element that a row's sums leave out: as the reference does, the first one for an id outside,
+// whose result is NaN.
+RLKERN_INLINE bool is_inside(int64_t id, int64_t vocab) { return id >= 0 && id < vocab; }
+RLKERN_INLINE int64_t left_out(int64_t id, int64_t vocab) { return is_inside(id, vocab) ? id : 0; }
+
 // The rounding of z = y * scale and of its exponential, the same in every place.
 struct Exponent {
   float k;
@@ -103,12 +108,18 @@ RLKERN_INLINE SoftmaxState<float> fold_batch(SoftmaxState<float> state, const Pa
   return state;
 }
 
-template <typename Type, bool kCapped, bool kEntropy>
-RLKERN_INLINE SoftmaxState<float> fold_slice(const Slice<Type>& slice, int target, float scale,
-                                             float softcap, int thread, int threads) {
+// For a pass that does nothing but fold.
+struct NotKept {
+  RLKERN_HD void operator()(int, const Pack&) const {}
+};
+
+// Folds a thread's vectors of a slice into its state, and gives keep(v, vector) each of them.
+template <typename Type, bool kCapped, bool kEntropy, typename Keep = NotKept>
+RLKERN_INLINE SoftmaxState<float> fold_slice(SoftmaxState<float> state, const Slice<Type>& slice,
+                                             int target, float scale, float softcap, int thread,
+                                             int threads, const Keep& keep = Keep()) {
   const Exponent exponent(scale);
   const Softcap cap(kCapped ? softcap : 1.0f);
-  SoftmaxState<float> state = softmax_empty<float>();
   const int vectors = (slice.count + Type::kLanes - 1) / Type::kLanes;
   for (int v = thread; v < vectors; v += kUnroll * threads) {
     Pack raw[kUnroll];
@@ -121,6 +132,10 @@ RLKERN_INLINE SoftmaxState<float> fold_slice(const Slice<Type>& slice, int targe
     } else {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) raw[u] = load_vector<Type, true>(slice, v + u * threads);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (v + u * threads < vectors) keep(v + u * threads, raw[u]);
     }
     state = fold_batch<Type, kCapped, kEntropy>(state, raw, v, threads, slice.count, target, scale,
                                                 exponent, cap);
@@ -149,7 +164,7 @@ RLKERN_DEVICE SoftmaxState<float> merge_warp(SoftmaxState<float> state, float sc
 // The merged state, in the first thread of the block.
 template <bool kEntropy>
 RLKERN_DEVICE SoftmaxState<float> merge_block(SoftmaxState<float> state, float scale) {
-  __shared__ SoftmaxState<float> of_warp[kMaxThreads / 32];
+  __shared__ SoftmaxState<float> of_warp[32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
   state = merge_warp<kEntropy>(state, scale);
   if (warps == 1) return state;
@@ -160,6 +175,31 @@ RLKERN_DEVICE SoftmaxState<float> merge_block(SoftmaxState<float> state, float s
     state = merge_warp<kEntropy>(lane < warps ? of_warp[lane] : softmax_empty<float>(), scale);
   }
   return state;
+}
+
+// ---- one row ----------------------------------------------------------------------------------
+
+// What a row that counts comes to; NaN throughout under a scale that is none.
+struct RowResult {
+  float logprob;
+  float entropy;
+  float max;
+  float log_sum;  // relative to the maximum
+
+  RLKERN_HD static RowResult filled(float value) { return {value, value, value, value}; }
+};
+
+// `target`: the chosen logit, whose y is not in the state `others`.
+RLKERN_INLINE RowResult row_result(SoftmaxState<float> others, float target, float softcap,
+                                   float scale, bool inside) {
+  const float y = softcap > 0 ? Softcap(softcap).value(target) : target;
+  const float max = larger(others.max, y);
+  others = softmax_rebase(others, max, scale);
+  // A maximum drops a NaN, and the target stands in no sum.
+  if (y != y) others.sum = y;
+  const TokenLogprob<float> result = token_logprob(
+      SoftmaxState<float>{max, others.sum, others.weighted * scale}, mul(add(y, -max), scale));
+  return {inside ? result.logprob : __builtin_nanf(""), result.entropy, max, result.log_sum};
 }
 
 }  // namespace rlkern

@@ -39,6 +39,11 @@ struct Slice {
         room(static_cast<int>(vocab - begin < (1 << 30) ? vocab - begin : 1 << 30)),
         shift(static_cast<unsigned>(reinterpret_cast<uintptr_t>(x) & 15u)),
         outside(begin < static_cast<int64_t>(shift / sizeof(*row))) {}
+
+  // An element counted from x, or -1 where it is not in the slice.
+  RLKERN_HD int place(int64_t element) const {
+    return element >= 0 && element < count ? static_cast<int>(element) : -1;
+  }
 };
 
 // 16 bytes at `shift` into 32, selected word by word: a run-time index would put them into memory.

@@ -20,31 +20,22 @@ struct ForwardArgs {
 };
 
 template <typename Type>
-RLKERN_DEVICE void write_forward(const ForwardArgs<Type>& args, int64_t row, float logprob,
-                                 float entropy, float max, float log_sum) {
-  args.logprobs[row] = logprob;
-  if (args.entropy != nullptr) args.entropy[row] = entropy;
-  args.state[2 * row] = max;
-  args.state[2 * row + 1] = log_sum;
+RLKERN_DEVICE void write_forward(const ForwardArgs<Type>& args, int64_t row, const RowResult& r) {
+  args.logprobs[row] = r.logprob;
+  if (args.entropy != nullptr) args.entropy[row] = r.entropy;
+  args.state[2 * row] = r.max;
+  args.state[2 * row + 1] = r.log_sum;
 }
 
-// What a row that counts comes to, from its merged state.
+// Of a row that counts, from its merged state.
 template <typename Type>
 RLKERN_DEVICE void finish_row(const ForwardArgs<Type>& args, int64_t row, TokenIndex token,
                               SoftmaxState<float> others, float scale) {
   const LogitRows<Type>& rows = args.rows;
   const int64_t id = rows.ids[token];
-  const bool inside = id >= 0 && id < rows.vocab;
-  float y = Type::widen(rows.row(token)[inside ? id : 0]);
-  if (rows.softcap > 0) y = Softcap(rows.softcap).value(y);
-  const float max = larger(others.max, y);
-  others = softmax_rebase(others, max, scale);
-  // A maximum drops a NaN, and the target stands in no sum.
-  if (y != y) others.sum = y;
-  const TokenLogprob<float> result = token_logprob(
-      SoftmaxState<float>{max, others.sum, others.weighted * scale}, mul(add(y, -max), scale));
-  write_forward(args, row, inside ? result.logprob : __builtin_nanf(""), result.entropy, max,
-                result.log_sum);
+  const float target = Type::widen(rows.row(token)[left_out(id, rows.vocab)]);
+  write_forward(args, row,
+                row_result(others, target, rows.softcap, scale, is_inside(id, rows.vocab)));
 }
 
 // One block per slice of a row; a row of one slice is finished here.
@@ -58,20 +49,16 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor)
   const float scale = rows.scale(token);
   if (!counts || scale != scale) {
     if (args.slices == 1 && threadIdx.x == 0) {
-      const float value = counts ? scale : 0.0f;
-      write_forward(args, at.row, value, value, value, value);
+      write_forward(args, at.row, RowResult::filled(counts ? scale : 0.0f));
     }
     return;
   }
   const int64_t begin = at.slice * args.vectors_per_slice * Type::kLanes;
   const Slice<Type> slice(rows.row(token), rows.vocab, begin,
                           begin + args.vectors_per_slice * Type::kLanes);
-  // As the reference does: an id outside leaves out the first element, and its result is NaN.
-  const int64_t id = rows.ids[token];
-  const int64_t in_slice = (id >= 0 && id < rows.vocab ? id : 0) - begin;
-  const int target = in_slice >= 0 && in_slice < slice.count ? static_cast<int>(in_slice) : -1;
+  const int target = slice.place(left_out(rows.ids[token], rows.vocab) - begin);
   SoftmaxState<float> state = fold_slice<Type, kCapped, kEntropy>(
-      slice, target, scale, rows.softcap, threadIdx.x, blockDim.x);
+      softmax_empty<float>(), slice, target, scale, rows.softcap, threadIdx.x, blockDim.x);
   state = merge_block<kEntropy>(state, scale);
   if (threadIdx.x != 0) return;
   if (args.slices == 1) {
@@ -91,8 +78,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const bool counts = args.rows.counts(token);
   const float scale = args.rows.scale(token);
   if (!counts || scale != scale) {
-    const float value = counts ? scale : 0.0f;
-    write_forward(args, row, value, value, value, value);
+    write_forward(args, row, RowResult::filled(counts ? scale : 0.0f));
     return;
   }
   const SoftmaxState<float>* parts = args.parts + row * args.slices;
@@ -124,17 +110,13 @@ RLKERN_DEVICE RowGradient row_gradient(const BackwardArgs<Type>& args, int64_t r
   const bool counts = args.rows.counts(token);
   const float max = args.state[2 * row], log_sum = args.state[2 * row + 1];
   const float logprob = args.logprobs[token];
-  float g = args.grad_logprobs ? args.grad_logprobs[token] : 0.0f;
+  const float g = args.grad_logprobs ? args.grad_logprobs[token] : 0.0f;
   const float h = args.grad_entropy ? args.grad_entropy[token] : 0.0f;
   const float entropy = args.entropy ? args.entropy[token] : 0.0f;
   const float scale = args.rows.scale(token);
   const int64_t id = args.rows.ids[token];
   if (!counts) return RowGradient::filled(0);
-  if (log_sum != log_sum || logprob != logprob) return RowGradient::filled(__builtin_nanf(""));
-  if (logprob == kMinusInf) g = 0;
-  if ((g == 0 && h == 0) || max == kMinusInf) return RowGradient::filled(0);
-  return RowGradient::computed(token_gradient(g, h, logprob, entropy, log_sum), max, log_sum, scale,
-                               id);
+  return gradient_of({logprob, entropy, max, log_sum}, g, h, scale, id);
 }
 
 // One block per slice of a row. Slices are cut from the first 16-byte boundary of the gradient's

@@ -1,35 +1,30 @@
-"""GRPO from one file: a small language model learns to add, rewarded by a rule.
+"""GRPO from one file: a language model learns from the rewards of groups of its own completions.
 
     python -m rlkern_loops.grpo [--steps 400 --seed 1 ...]
 
-A randomly initialised model is first shown a few right answers, until it is right now and then;
-from there on it learns from rewards alone. For each prompt it writes a group of completions, and
-each reward is normalised by its group's mean and standard deviation (Shao et al., 2024,
-https://arxiv.org/abs/2402.03300). Log-probabilities, entropy, advantages and the loss come from
-rlkern.
+For each prompt the model writes a group of completions, and each reward is normalised by its
+group (Shao et al., 2024, https://arxiv.org/abs/2402.03300): what is better than its siblings
+becomes more probable. The loss is any preset of rlkern's PolicyLoss, taken from hidden states.
+
+Without options a tiny model learns to add: it is first shown a few right answers, until it is
+right now and then; from there on it learns from rewards alone.
 """
 
 from __future__ import annotations
 
-import copy
-import math
-import random
-import re
-import sys
-import time
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
-from tqdm import tqdm
-from transformers import HfArgumentParser
+from torch import Tensor
 
-from rlkern import Metrics, PolicyLoss, group_advantages
-from rlkern_loops.log import RunLog, plot_curves
-from rlkern_loops.model import char_tokenizer, tiny_gpt2
-from rlkern_loops.rollout import Completions, completion_hidden, completion_logprobs, sample
-from rlkern_loops.tasks import Addition, Problem
-from rlkern_loops.warmstart import warm_start
+from rlkern import Metrics, group_advantages
+from rlkern_loops import learn, model
+from rlkern_loops.data import Example, Sampler
+from rlkern_loops.options import RunConfig, option
+from rlkern_loops.prepare import Setting, prepare
+from rlkern_loops.rollout import Completions, completion_hidden, join, logprobs_of
+from rlkern_loops.run import Run
 
 # cleanrl's names for the metrics of the loss.
 LOGGED = {
@@ -41,268 +36,244 @@ LOGGED = {
 }
 
 
-def option(default, text: str):
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
-class GRPOConfig:
-    """Options of a run; `--help` prints them."""
+class GRPOConfig(RunConfig):
+    """Options of a GRPO run; `--help` prints them."""
 
-    output_dir: str = option("runs/grpo", "Folder for metrics.jsonl and curves.png.")
-    seed: int = option(1, "Of the problems' split, the weights and the sampling.")
-    device: str = option("auto", "cpu, cuda, or auto: a GPU if there is one.")
-    threads: int = option(1, "CPU threads; for matrices this small more of them are slower.")
-
-    max_operand: int = option(99, "Operands of the sums run from 0 to this.")
-    hidden_size: int = option(64, "Width of the model.")
-    num_layers: int = option(2, "Layers of the model.")
-    num_heads: int = option(4, "Attention heads.")
-
-    warm_start_accuracy: float = option(0.25, "Validation accuracy that ends the warm start.")
-    warm_start_steps: int = option(1500, "At most this many supervised steps.")
-    warm_start_batch_size: int = option(128, "Demonstrations per supervised step.")
-    warm_start_learning_rate: float = option(2e-3, "Of AdamW in the warm start.")
-
-    steps: int = option(400, "Rounds of sampling and learning.")
-    prompts_per_step: int = option(64, "Prompts per round.")
+    output_dir: str = option("runs/grpo", "Folder of everything that the run writes.")
     group_size: int = option(8, "Completions per prompt (G), at least 2.")
-    temperature: float = option(1.0, "Of the softmax that completions are drawn from.")
-    epochs: int = option(1, "Passes over a round's completions.")
-    minibatches: int = option(4, "Optimizer steps per pass.")
-    learning_rate: float = option(1e-3, "Of AdamW; falls linearly to a tenth.")
-    max_grad_norm: float = option(1.0, "The gradient's norm is clipped to this.")
-    clip_low: float = option(0.2, "The ratio is clipped at 1 - clip_low.")
-    clip_high: float = option(0.28, "The ratio is clipped at 1 + clip_high.")
-    kl_coef: float = option(0.0, "Weight of the k3 KL to the warm-started model; 0 leaves it out.")
-    entropy_coef: float = option(0.0, "Weight of the entropy bonus.")
-    advantage_eps: float = option(1e-4, "Added to a group's standard deviation.")
-
-    eval_every: int = option(10, "Rounds between greedy evaluations on validation problems.")
+    baseline: Literal[
+        "mean", "leave_one_out", "length_weighted", "pass_at_k", "batch_mean", "given", "none"
+    ] = option(
+        "mean",
+        "What is subtracted from a reward (docs/advantages.md); given: the greedy completion's "
+        "reward (ReMax).",
+    )
+    scale: Literal["std", "batch_std", "mean", "none"] = option(
+        "std", "What the difference is divided by; none as in Dr. GRPO."
+    )
+    unbiased: bool = option(True, "Standard deviations divide by n - 1, else by n.")
+    advantage_eps: float = option(1e-4, "Added to the standard deviation.")
+    dynamic_sampling: int = option(
+        0,
+        "Groups whose rewards are all equal are dropped and others drawn in their place, at most "
+        "this many times a round (DAPO).",
+    )
     shuffle_rewards: bool = option(False, "Control: hand out each round's rewards at random.")
 
-    def __post_init__(self) -> None:
-        # More threads than any machine has crash OpenMP; the sums grow as max_operand squared, and
-        # below 34 there are too few to hold 600 out of training; torch takes 64 bits of seed.
-        ranges = {
-            "threads": (1, 1024), "max_operand": (34, 999), "seed": (0, 2**63 - 1),
-            "warm_start_accuracy": (0, 1), "temperature": (1e-3, 1e3),
-        }  # fmt: skip
-        for name, (low, high) in ranges.items():
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(
-                    f"{name}: expected a number from {low} to {high}, got {getattr(self, name)}"
-                )
-        least = {
-            "hidden_size": 1, "num_layers": 1, "num_heads": 1,
-            "warm_start_steps": 0, "warm_start_batch_size": 1, "steps": 0, "prompts_per_step": 1,
-            "group_size": 2, "epochs": 1, "minibatches": 1, "eval_every": 1, "kl_coef": 0,
-            "entropy_coef": 0, "advantage_eps": 0, "clip_low": 0, "clip_high": 0,
-        }  # fmt: skip
-        for name, bound in least.items():
-            if not getattr(self, name) >= bound:
-                raise ValueError(f"{name}: expected at least {bound}, got {getattr(self, name)}")
-        for name in ("kl_coef", "entropy_coef", "advantage_eps"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}: expected a finite number, got {getattr(self, name)}")
-        for name in ("learning_rate", "warm_start_learning_rate", "max_grad_norm"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        if not self.clip_low < 1:
-            raise ValueError(f"clip_low: expected an offset below 1, got {self.clip_low}")
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size: expected a multiple of num_heads = {self.num_heads}, "
-                f"got {self.hidden_size}"
-            )
-        completions = self.prompts_per_step * self.group_size
-        if self.minibatches > completions:
-            raise ValueError(
-                f"minibatches: expected at most prompts_per_step * group_size = {completions}, "
-                f"got {self.minibatches}"
-            )
-        check_device(self.device)
-        folder = Path(self.output_dir)
-        for place in (folder, *folder.parents):
-            if place.exists() and not place.is_dir():
-                raise ValueError(
-                    f"output_dir: expected a folder, or one that can be made, got "
-                    f"{self.output_dir!r}, where {str(place)!r} is a file"
-                )
+    LEAST = RunConfig.LEAST | {"group_size": 2, "advantage_eps": 0, "dynamic_sampling": 0}
+
+    @property
+    def completions_per_step(self) -> int:
+        return self.prompts_per_step * self.group_size
 
 
-def check_device(name: str) -> None:
-    """Raises ValueError for a device that this machine does not have."""
-    if name in ("auto", "cpu"):
-        return
-    if not re.fullmatch(r"cuda(:\d{1,3})?", name):
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:<number>, got {name!r}")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count == 0:
-        raise ValueError(f"device: expected auto or cpu, as torch finds no GPU here, got {name!r}")
-    if int(name.partition(":")[2] or 0) >= count:
-        raise ValueError(f"device: expected one of the {count} GPUs here, got {name!r}")
+class Round(NamedTuple):
+    """A round's completions, B = groups * group_size, and what the loss compares them with.
+
+    Attributes:
+        completions: B of at most T tokens.
+        advantages: [B] fp32.
+        old_logprobs: [B, T] fp32 of the policy that wrote them; None where it is the one that
+            learns, in a single step.
+        ref_logprobs: [B, T] fp32 of the policy at the start; None without a KL.
+    """
+
+    completions: Completions
+    advantages: Tensor
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+
+    def select(self, rows: Tensor) -> Round:
+        chosen = self.completions.select(rows)
+        old, ref = (
+            x if x is None else x[rows, : chosen.ids.shape[1]]
+            for x in (self.old_logprobs, self.ref_logprobs)
+        )
+        return Round(chosen, self.advantages[rows], old, ref)
 
 
-# ---- the algorithm ----------------------------------------------------------------------------
+def with_signal(rewards: Tensor, group_size: int) -> Tensor:
+    """Which groups have two different rewards, [groups] bool: the others teach nothing. NaN, no
+    verdict, is no reward."""
+    grouped = rewards.view(-1, group_size)
+    lowest = grouped.nan_to_num(torch.inf).amin(1)
+    return grouped.nan_to_num(-torch.inf).amax(1) > lowest
 
 
-def objective(config: GRPOConfig) -> PolicyLoss:
-    """The clipped ratio, averaged over the tokens of a mini-batch, with k3 KL and entropy bonus."""
-    return PolicyLoss(
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        kl_coef=config.kl_coef,
-        entropy_coef=config.entropy_coef,
-        aggregation="token_mean",
-    )
+def write_and_judge(
+    policy, setting: Setting, sampler: Sampler, config: GRPOConfig
+) -> tuple[list[Example], Completions, Tensor, float]:
+    """A round: examples [B], completions, rewards [B], and the share of groups without a signal.
+
+    With dynamic sampling only groups with a signal are kept; if none is found in the rounds there
+    are, the last one is handed back as it is.
+    """
+    asked: list[Example] = []
+    written: list[Completions] = []
+    rewards: list[Tensor] = []
+    drawn = useful = 0
+    for _ in range(1 + config.dynamic_sampling):
+        fresh = sampler.next(config.prompts_per_step - useful)
+        completions = setting.sample(policy, fresh, group_size=config.group_size)
+        repeated = [example for example in fresh for _ in range(config.group_size)]
+        judged = setting.judge(setting.reward, repeated, completions)
+        signal = with_signal(judged, config.group_size)
+        drawn, useful = drawn + len(fresh), useful + int(signal.sum())
+        if config.dynamic_sampling and signal.any():
+            rows = signal.repeat_interleave(config.group_size).nonzero().flatten()
+            asked += [repeated[i] for i in rows.tolist()]
+            written.append(completions.select(rows))
+            rewards.append(judged[rows])
+        if not config.dynamic_sampling or useful == config.prompts_per_step:
+            break
+    without = 1 - useful / drawn
+    if not rewards:
+        return repeated, completions, judged, without
+    return asked, join(written, setting.tokenizer.pad_token_id), torch.cat(rewards), without
 
 
-@torch.no_grad()
-def greedy_accuracy(model, tokenizer, task: Addition, problems: list[Problem]) -> float:
-    """The share of problems that the most probable completion solves."""
-    written = sample(
-        model, tokenizer, [p.prompt for p in problems], max_new_tokens=task.max_new_tokens,
-        temperature=0.0,
+def advantages_of(
+    policy, setting: Setting, asked: list[Example], completions: Completions, rewards: Tensor,
+    config: GRPOConfig,
+) -> Tensor:  # fmt: skip
+    """The advantages [B] of a round's rewards, by the convention that the options name."""
+    given = {}
+    if config.baseline == "length_weighted":
+        given["lengths"] = completions.mask.sum(1)
+    if config.baseline == "given":
+        prompts = asked[:: config.group_size]
+        greedy = setting.sample(policy, prompts, temperature=0.0, top_p=1.0)
+        reached = setting.judge(setting.reward, prompts, greedy)
+        given["baseline_rewards"] = reached.repeat_interleave(config.group_size)
+    return group_advantages(
+        rewards, group_size=config.group_size, baseline=config.baseline, scale=config.scale,
+        unbiased=config.unbiased, eps=config.advantage_eps, **given,
     )  # fmt: skip
-    return task.rewards(problems, written, tokenizer).mean().item()
 
 
 def update(
-    model, reference, optimizer, batch: Completions, advantages: torch.Tensor, config: GRPOConfig
+    policy, optimizer, batch: Round, max_new_tokens: int, config: GRPOConfig
 ) -> tuple[Metrics, float]:
     """One optimizer step on a mini-batch: the metrics of its loss, and the norm of its gradient."""
-    ref_logprobs = None
-    if reference is not None:
-        with torch.no_grad():
-            ref_logprobs = completion_logprobs(reference, batch, temperature=config.temperature)
-    head = model.get_output_embeddings()
-    loss, metrics = objective(config).from_hidden(
-        completion_hidden(model, batch), head.weight, batch.ids, advantages, bias=head.bias,
-        temperature=config.temperature, entropy=True, old_logprobs=batch.logprobs,
-        ref_logprobs=ref_logprobs, mask=batch.mask,
-    )  # fmt: skip
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss.item()}: the last step's weights are kept")
-    optimizer.zero_grad()
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-    optimizer.step()
-    return metrics, norm.item()
+    objective = config.objective()
+    counts = learn.denominators(objective, batch.completions.mask, max_new_tokens)
 
+    def loss_of(rows: Tensor) -> tuple[Tensor, list[Metrics]]:
+        part = batch.select(rows)
+        with model.precision(config, policy.device.type):
+            loss, metrics = objective.from_hidden(
+                completion_hidden(policy, part.completions), token_ids=part.completions.ids,
+                advantages=part.advantages, temperature=config.temperature, entropy=True,
+                mask=part.completions.mask, old_logprobs=part.old_logprobs,
+                ref_logprobs=part.ref_logprobs, **model.head(policy), **counts,
+            )  # fmt: skip
+        return loss, [metrics]
 
-# ---- the run ----------------------------------------------------------------------------------
+    rows = torch.arange(len(batch.advantages), device=batch.advantages.device)
+    loss, (metrics,) = learn.accumulate(rows, config.micro_batch_size, loss_of)
+    (norm,) = learn.step(optimizer, loss, config.max_grad_norm)
+    return metrics, norm
 
 
 def train(config: GRPOConfig) -> dict[str, float]:
-    """Runs it all; returns the greedy accuracies on held-out problems and the seconds it took."""
-    started = time.perf_counter()
-    torch.set_num_threads(config.threads)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(config.seed)
-    rng = random.Random(config.seed)
-    generator = torch.Generator(device).manual_seed(config.seed)
+    """Runs it all.
 
-    task = Addition(config.max_operand)
-    splits = task.splits(config.seed)
-    tokenizer = char_tokenizer(task.alphabet)
-    model = tiny_gpt2(
-        tokenizer, hidden_size=config.hidden_size, num_layers=config.num_layers,
-        num_heads=config.num_heads,
-    ).to(device)  # fmt: skip
-    log = RunLog(config.output_dir, config)
+    Returns:
+        accuracy_before, accuracy_after: of greedy completions of held-out prompts (mean rewards
+        where no rule judges them), and the seconds it took.
 
-    def accuracy(problems: list[Problem]) -> float:
-        return greedy_accuracy(model, tokenizer, task, problems)
+    Raises:
+        RunError: data, a model, a reward or a checkpoint that does not do, a loss that is no
+            number; a checkpoint of the last whole step is left.
+    """
+    with learn.operators(config):
+        return _train(config)
 
-    for step, loss in warm_start(model, tokenizer, splits.train, config, rng, device):
-        # Often: once the model can carry, a few steps more would leave nothing to learn.
-        if step % 5 == 0:
-            solved = accuracy(splits.validation)
-            log.write({"phase": "warm start", "step": step, "loss": loss, "eval/accuracy": solved})
-            if solved >= config.warm_start_accuracy:
-                break
-    before = accuracy(splits.held_out)
-    print(f"after the warm start: greedy accuracy {before:.3f} on held-out problems")
 
-    reference = copy.deepcopy(model).requires_grad_(False) if config.kl_coef else None
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
-    )
-    progress = tqdm(range(1, config.steps + 1), desc="GRPO", disable=not sys.stderr.isatty())
-    for step in progress:
-        for group in optimizer.param_groups:
-            # Ten steps of warm-up, while Adam's moments fill; then linearly down to a tenth.
-            group["lr"] = config.learning_rate * min(step / 10, max(0.1, 1 - step / config.steps))
+def _train(config: GRPOConfig) -> dict[str, float]:
+    run = Run(config)
+    setting = prepare(config, run.device, resumed=run.resumed)
+    policy = model.load(setting.model, config, run.device)
+    reference = None
+    if config.objective().kl_coef:
+        reference = model.load(setting.model, config, run.device, frozen=True)
+    optimizer = learn.adamw(config, policy.parameters())
+    sampler = Sampler(setting.train, config.seed)
+    run.start(policy=policy, optimizer=optimizer, sampler=sampler)
 
-        # Sample G completions of each prompt and judge them.
-        problems = rng.sample(splits.train, min(config.prompts_per_step, len(splits.train)))
-        completions = sample(
-            model, tokenizer, [p.prompt for p in problems], max_new_tokens=task.max_new_tokens,
-            temperature=config.temperature, group_size=config.group_size, generator=generator,
-        )  # fmt: skip
-        asked = [p for p in problems for _ in range(config.group_size)]
-        rewards = task.rewards(asked, completions, tokenizer).to(device)
-        if config.shuffle_rewards:
-            rewards = rewards[torch.randperm(len(rewards), generator=generator, device=device)]
-        advantages = group_advantages(
-            rewards, group_size=config.group_size, eps=config.advantage_eps
-        )
+    def score(examples: list[Example]) -> float:
+        with model.precision(config, run.device):
+            return setting.evaluate(policy, examples)
 
-        # Learn from them.
-        collected, norms = [], []
-        for _ in range(config.epochs):
-            order = torch.randperm(len(rewards), generator=generator, device=device)
-            for rows in order.chunk(config.minibatches):
-                found, norm = update(
-                    model, reference, optimizer, completions.select(rows), advantages[rows], config
+    if not run.resumed:
+        run.facts["accuracy_before"] = score(setting.held_out)
+        print(f"at the start: {setting.eval_name} {run.facts['accuracy_before']:.3f}, held out")
+    with run.rescued():
+        for step in run.steps():
+            rate = learn.set_learning_rates(optimizer, (config.learning_rate,), step, config)
+
+            # Write G completions of each prompt and judge them.
+            with torch.no_grad(), model.precision(config, run.device):
+                asked, completions, rewards, without = write_and_judge(
+                    policy, setting, sampler, config
                 )
-                collected.append(found)
-                norms.append(norm)
-        of_loss = sum(collected).item_dict()
-        metrics = {
-            name: of_loss[ours] for name, ours in LOGGED.items() if ours in of_loss
-        }  # fmt: skip
-        metrics["losses/grad_norm"] = sum(norms) / len(norms)
-        spread = rewards.view(-1, config.group_size)
-        metrics |= {
-            "rollout/reward": rewards.mean().item(),
-            "rollout/length": completions.mask.sum(1).float().mean().item(),
-            "rollout/groups_without_signal": (spread == spread[:, :1]).all(1).float().mean().item(),
-        }
-        if step % config.eval_every == 0 or step == config.steps:
-            metrics["eval/accuracy"] = accuracy(splits.validation)
-            tqdm.write(
-                f"step {step:4d}  reward {metrics['rollout/reward']:.3f}  "
-                f"validation accuracy {metrics['eval/accuracy']:.3f}  "
-                f"entropy {metrics['losses/entropy']:.3f}"
-            )
-        log.write({"phase": "grpo", "step": step, **metrics})
-        progress.set_postfix(reward=f"{metrics['rollout/reward']:.3f}")
+                if config.shuffle_rewards:
+                    rewards = rewards[torch.randperm(len(rewards), device=rewards.device)]
+                advantages = advantages_of(policy, setting, asked, completions, rewards, config)
+            metrics = {
+                "charts/learning_rate": rate,
+                "rollout/reward": rewards.nanmean().item(),
+                "rollout/length": completions.mask.sum(1).float().mean().item(),
+                "rollout/finished": completions.finished.float().mean().item(),
+                "rollout/groups_without_signal": without,
+                "rollout/no_verdict": rewards.isnan().float().mean().item(),
+            }
+            run.samples(step, asked, completions, setting.tokenizer, rewards)
 
-    after = accuracy(splits.held_out)
-    plot_curves(log.records, Path(config.output_dir) / "curves.png")
-    seconds = time.perf_counter() - started
-    result = {"accuracy_before": before, "accuracy_after": after, "seconds": seconds}
-    log.write({"phase": "result", **result})
+            # What the loss compares with: the policy before it learns, and the one at the start.
+            if config.mask_truncated:
+                whole = completions.mask & completions.finished[:, None]
+                completions = completions._replace(mask=whole)
+            old, ref = None, None
+            if config.epochs * config.minibatches > 1:
+                old = logprobs_of(policy, completions, config)
+            if reference is not None:
+                ref = logprobs_of(reference, completions, config)
+            batch = Round(completions, advantages, old, ref)
+
+            # Learn.
+            found, norms = [], []
+            for _ in range(config.epochs):
+                order = torch.randperm(len(rewards), device=rewards.device)
+                for rows in order.chunk(config.minibatches):
+                    loss_metrics, norm = update(
+                        policy, optimizer, batch.select(rows), setting.max_new_tokens, config
+                    )
+                    found.append(loss_metrics)
+                    norms.append(norm)
+            of_loss = sum(found).item_dict()
+            metrics |= {name: of_loss[ours] for name, ours in LOGGED.items() if ours in of_loss}
+            metrics["losses/grad_norm"] = sum(norms) / len(norms)
+            if step % config.eval_every == 0 or step == config.steps:
+                metrics[setting.eval_name] = score(setting.validation)
+            run.record(step, metrics)
+
+    before, after = run.facts["accuracy_before"], score(setting.held_out)
+    result = run.finish(
+        policy, setting.tokenizer, {"accuracy_before": before, "accuracy_after": after}
+    )
     print(
-        f"greedy accuracy on {len(splits.held_out)} held-out problems: {before:.3f} after the warm "
-        f"start, {after:.3f} after GRPO ({seconds:.0f} s on {device}); curves in {log.folder}"
+        f"greedy {setting.eval_name.removeprefix('eval/')} on {len(setting.held_out)} held-out "
+        f"problems: {before:.3f} before, {after:.3f} after GRPO ({result['seconds']:.0f} s on "
+        f"{run.device}); model, curves and metrics in {config.output_dir}"
     )
     return result
 
 
-def parse(arguments: list[str] | None = None) -> GRPOConfig:
-    """The options of a command line."""
-    parser = HfArgumentParser(GRPOConfig, prog="python -m rlkern_loops.grpo", allow_abbrev=False)
-    try:
-        (config,) = parser.parse_args_into_dataclasses(arguments)
-    except ValueError as error:
-        parser.error(str(error))
-    return config
-
-
 if __name__ == "__main__":
-    train(parse())
+    import sys
+
+    from rlkern_loops.cli import main
+
+    sys.exit(main(["train", "grpo", *sys.argv[1:]]))

@@ -1,34 +1,45 @@
-"""Verifiable tasks: where prompts come from and how an answer is judged, by rule."""
+"""Built-in tasks: prompts that need no download, and answers that a rule judges."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Protocol
 
-import torch
-
-
-class Problem(NamedTuple):
-    """A prompt and the one completion that solves it."""
-
-    prompt: str
-    answer: str
+from rlkern_loops.data import Example
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Three sets of problems, no two of which share a sum up to the order of its operands.
+    """Three sets of examples that share nothing.
 
     Attributes:
-        train: what the model is trained on, by supervision and by reward.
+        train: what the models are trained on, by supervision and by reward.
         validation: what decides when the warm start ends and what is plotted during training.
         held_out: what the reported accuracy is measured on, and nothing else.
     """
 
-    train: list[Problem]
-    validation: list[Problem]
-    held_out: list[Problem]
+    train: list[Example]
+    validation: list[Example]
+    held_out: list[Example]
+
+
+class Task(Protocol):
+    """What `built_in` hands out."""
+
+    alphabet: str
+    max_new_tokens: int
+
+    def splits(self, seed: int, held_out: int = 300, validation: int = 300) -> Splits: ...
+
+
+def solved(
+    completions: Sequence[str], answers: Sequence[str], finished: Sequence[bool]
+) -> list[float]:
+    """The rule of both tasks: 1 for the right answer followed by the end token, else 0."""
+    judged = zip(completions, answers, finished, strict=True)
+    return [float(ended and completion == answer) for completion, answer, ended in judged]
 
 
 class Addition:
@@ -49,9 +60,9 @@ class Addition:
         self.answer_digits = len(str(2 * max_operand))
         self.max_new_tokens = self.answer_digits + 1  # and the end token
 
-    def problem(self, a: int, b: int) -> Problem:
+    def example(self, a: int, b: int) -> Example:
         prompt = f"{a:0{self.digits}d}+{b:0{self.digits}d}="
-        return Problem(prompt, answer=f"{a + b:0{self.answer_digits}d}"[::-1])
+        return Example(prompt, answer=f"{a + b:0{self.answer_digits}d}"[::-1])
 
     def splits(self, seed: int, held_out: int = 300, validation: int = 300) -> Splits:
         """Shuffles all sums and cuts them into three sets.
@@ -69,23 +80,47 @@ class Addition:
         either_order = [rng.sample(pair, 2) for pair in pairs[: held_out + validation]]
         both_orders = {p for a, b in pairs[held_out + validation :] for p in ((a, b), (b, a))}
         return Splits(
-            train=[self.problem(a, b) for a, b in sorted(both_orders)],
-            validation=[self.problem(a, b) for a, b in either_order[held_out:]],
-            held_out=[self.problem(a, b) for a, b in either_order[:held_out]],
+            train=[self.example(a, b) for a, b in sorted(both_orders)],
+            validation=[self.example(a, b) for a, b in either_order[held_out:]],
+            held_out=[self.example(a, b) for a, b in either_order[:held_out]],
         )
 
-    def rewards(self, problems: list[Problem], written, tokenizer) -> torch.Tensor:
-        """The rewards [B] fp32 of a batch of completions, the i-th of the i-th problem."""
-        texts, finished = written.texts(tokenizer), written.finished.tolist()
-        judged = map(self.reward, problems, texts, finished)
-        return torch.tensor(list(judged))
 
-    def reward(self, problem: Problem, completion: str, finished: bool) -> float:
-        """1 for the right answer followed by the end token, else 0.
+class Reversal:
+    """Words to be written backwards: "gaceba>" gives "abecag".
 
-        Args:
-            problem: what was asked.
-            completion: what was written, special tokens left out.
-            finished: whether the model ended it, rather than the length limit.
-        """
-        return float(finished and completion == problem.answer)
+    A rule that a small classifier learns nearly perfectly from examples, so that a reward model
+    of it is worth learning from.
+
+    Args:
+        length: letters of every word.
+        count: words altogether, drawn at random without repetition.
+    """
+
+    alphabet = "abcdefgh>"
+
+    def __init__(self, length: int = 6, count: int = 4000):
+        self.length = length
+        self.count = count
+        self.max_new_tokens = length + 1  # and the end token
+
+    def example(self, word: str) -> Example:
+        return Example(word + ">", answer=word[::-1])
+
+    def splits(self, seed: int, held_out: int = 300, validation: int = 300) -> Splits:
+        """Different words in each set."""
+        rng = random.Random(seed)
+        letters = self.alphabet[:-1]
+        words: dict[str, None] = {}  # in the order they were drawn
+        while len(words) < min(self.count, len(letters) ** self.length):
+            words["".join(rng.choices(letters, k=self.length))] = None
+        examples = list(map(self.example, words))
+        cut = held_out + validation
+        return Splits(examples[cut:], examples[held_out:cut], examples[:held_out])
+
+
+def built_in(config: Any) -> Task:
+    """The task that a run's options name."""
+    if config.task == "addition":
+        return Addition(config.max_operand)
+    return Reversal(config.word_length)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from rlkern_loops.data import Example
 from rlkern_loops.rollout import Completions, completion_logprobs
-from rlkern_loops.tasks import Problem
 
 
-def demonstrations(tokenizer, problems: list[Problem], device: str) -> Completions:
+def demonstrations(tokenizer: Any, examples: Sequence[Example], device: str) -> Completions:
     """The right answers, each with its end token, as if the model had written them."""
-    prompts = tokenizer([p.prompt for p in problems], padding=True, return_tensors="pt")
+    prompts = tokenizer([e.prompt for e in examples], padding=True, return_tensors="pt")
     answers = tokenizer(
-        [p.answer + tokenizer.eos_token for p in problems],
+        [e.answer + tokenizer.eos_token for e in examples],
         padding=True,
         padding_side="right",
         return_tensors="pt",
@@ -26,38 +28,56 @@ def demonstrations(tokenizer, problems: list[Problem], device: str) -> Completio
         prompts["attention_mask"],
         answers["input_ids"],
         mask,
-        torch.zeros(mask.shape),
         torch.ones(len(mask), dtype=torch.bool),
     )
     return Completions(*(tensor.to(device) for tensor in written))
 
 
 def warm_start(
-    model, tokenizer, problems: list[Problem], options, rng: random.Random, device: str
-) -> Iterator[tuple[int, float]]:
-    """Trains on demonstrations, and yields (step, loss) after each step until the caller stops.
+    model, tokenizer, examples: Sequence[Example], options, accuracy: Callable[[], float]
+) -> list[dict[str, float]]:
+    """Trains on demonstrations until the model is right now and then.
 
     Args:
         model: a causal LM of transformers.
         tokenizer: its tokenizer.
-        problems: what demonstrations are drawn from.
-        options: has warm_start_steps, warm_start_batch_size and warm_start_learning_rate.
-        rng: draws the problems.
-        device: where the model is.
+        examples: what demonstrations are drawn from.
+        options: has seed, warm_start_steps, warm_start_batch_size, warm_start_learning_rate and
+            warm_start_accuracy.
+        accuracy: of the model on examples that are not trained on; asked every five steps: once
+            the model has understood, a few steps more would leave nothing to learn.
+
+    Returns:
+        A record of step, loss and accuracy for every time it was asked.
     """
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=options.warm_start_learning_rate,
-        betas=(0.9, 0.95),
-        weight_decay=0.0,
+    rng = random.Random(options.seed)
+
+    def batch_loss() -> Tensor:
+        batch = rng.choices(examples, k=options.warm_start_batch_size)
+        shown = demonstrations(tokenizer, batch, str(model.device))
+        return -completion_logprobs(model, shown).sum() / shown.mask.sum()
+
+    records = []
+    fit = supervised_steps(
+        model, batch_loss, options.warm_start_steps, options.warm_start_learning_rate
     )
-    for step in range(1, options.warm_start_steps + 1):
+    for step, loss in fit:
+        if step % 5 == 0:
+            records.append({"step": step, "loss": loss, "eval/accuracy": accuracy()})
+            if records[-1]["eval/accuracy"] >= options.warm_start_accuracy:
+                break
+    return records
+
+
+def supervised_steps(model, batch_loss: Callable[[], Tensor], steps: int, learning_rate: float):
+    """Steps of AdamW on fresh batches; yields (step, loss) after each until the caller stops."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    for step in range(1, steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = options.warm_start_learning_rate * min(1, step / 20)
-        batch = rng.choices(problems, k=options.warm_start_batch_size)
-        shown = demonstrations(tokenizer, batch, device)
-        logprobs = completion_logprobs(model, shown)
-        loss = -logprobs.sum() / shown.mask.sum()
+            group["lr"] = learning_rate * min(1, step / 20)
+        loss = batch_loss()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -238,8 +239,10 @@ def _collected(
 ) -> tuple[Batch, Denominators]:
     """What a call of the loss takes, checked; in the place of the log-probabilities stands a tensor
     of their shape that takes no memory."""
-    for name in given.keys() - set(_GIVEN):
-        _checks.one_of(name, _GIVEN, "argument")
+    for name in sorted(given.keys() - set(_GIVEN)):
+        near = difflib.get_close_matches(name, _GIVEN, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"unexpected keyword argument {name!r}{hint}")
     batch = Batch(
         torch.empty((), dtype=layout.dtype, device=layout.device).expand(layout.shape),
         layout.per_sequence_or_token(advantages, "advantages"),

@@ -150,22 +150,32 @@ def differentiable(
     return call
 
 
-def is_final(backend: str, grad_loss: Tensor) -> bool:
-    """Whether the gradient that a loss's forward saved is the one to return, and may be given away.
+def may_give_away(grad_loss: Tensor) -> bool:
+    """Whether a backward may hand out the gradient that the forward saved, scaled in place or not.
 
-    The CPU's kernels write it for an upstream gradient of 1, which is looked at only where that
-    takes no wait and nobody traces or transforms the backward. A graph that is kept goes on holding
-    it: what the caller then gets must be a tensor of its own.
+    A graph that is kept goes on holding it: what the caller then gets must be a tensor of its own,
+    as it must where somebody traces or transforms the backward.
     """
     return (
-        backend == "native"
-        and type(grad_loss) is Tensor
-        and grad_loss.device.type == "cpu"
+        type(grad_loss) is Tensor
         and not _graph_is_kept()
         and not torch.compiler.is_compiling()
         and not _transforms_are_active()
         and not _is_batched(grad_loss)
         and _dispatch_modes() == 0
+    )
+
+
+def is_final(backend: str, grad_loss: Tensor) -> bool:
+    """Whether the gradient that a loss's forward saved is the one to return, and may be given away.
+
+    The CPU's kernels write it for an upstream gradient of 1, which is looked at only where that
+    takes no wait.
+    """
+    return (
+        backend == "native"
+        and grad_loss.device.type == "cpu"
+        and may_give_away(grad_loss)
         and grad_loss.item() == 1.0
     )
 

@@ -215,7 +215,5 @@ for _name, _function in (
 ):
     for _backend_name in ("eager", "triton"):
         _register.register_python(_name, _backend_name, _function)
-    # On a GPU with compiled kernels, too.
-    _register.LIBRARY.impl(_name, _function, "CUDA")
 _call = _register.differentiable("vocab_divergence", (0,), 1, _setup_context, _backward)
 _register.forbid_second_derivative("vocab_divergence_bwd")

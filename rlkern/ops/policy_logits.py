@@ -164,7 +164,7 @@ class _Inplace(torch.autograd.Function):
         ctx.used = True
         (grad,) = ctx.saved_tensors
         if ctx.backend != "native" or grad.device.type != "cpu" or grads[0].item() != 1:
-            grad.mul_(grads[0])
+            torch.ops.rlkern.scale_(grad, grads[0])
         return grad, *[None] * 6
 
 
@@ -193,7 +193,10 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
     _register.refuse_create_graph("policy_loss_logits")
     (grad,) = ctx.saved_tensors
     if not _register.is_final(ctx.backend, grad_loss):
-        grad = grad * grad_loss
+        if grad.is_cuda and _register.may_give_away(grad_loss):
+            torch.ops.rlkern.scale_(grad, grad_loss)
+        else:
+            grad = grad * grad_loss
     return grad, *[None] * (ctx.arguments - 1)
 
 
@@ -205,6 +208,15 @@ def _fake(logits, *rest):
     )
 
 
+def _scale(x: Tensor, factor: Tensor) -> None:
+    x.mul_(factor)
+
+
+def _scale_fake(x: Tensor, factor: Tensor) -> None:
+    return None
+
+
+_register.register_composite("scale_", _scale, _scale_fake)
 _register.register_composite("policy_loss_logits", _forward, _fake)
 torch.library.register_autograd(
     "rlkern::policy_loss_logits", _backward, setup_context=_setup_context, lib=_register.LIBRARY

@@ -1,8 +1,9 @@
 """policy_rows: a policy loss that is separable by token, its gradient written in the row pass.
 
 The operator for an upstream gradient of 1: from a row of logits its log-probability, from that and
-the token's inputs the gradient of the loss, and with it the row's gradient. Natively on a CPU the
-row stays in the cache meanwhile; elsewhere the same is composed of three operators.
+the token's inputs the gradient of the loss, and with it the row's gradient. Natively the row stays
+in the cache meanwhile, or in the shared memory of a GPU; in Triton the same is composed of three
+operators.
 """
 
 from __future__ import annotations
@@ -153,51 +154,48 @@ def run(
     return _register.overload("policy_rows", backend)(logits, grad, *rows, *tokens, return_entropy)
 
 
-def _composed(backend: str) -> Any:
-    def policy_rows(logits, grad, *args):
-        rows, tokens = RowArguments(*args[:5]), TokenArguments(*args[5:-1])
-        return_entropy = args[-1]
-        logprobs, entropy, state = _register.overload("token_logprobs", backend)(
-            logits, *rows, return_entropy
-        )
+def _composed(logits, grad, *args):
+    rows, tokens = RowArguments(*args[:5]), TokenArguments(*args[5:-1])
+    return_entropy = args[-1]
+    logprobs, entropy, state = _register.overload("token_logprobs", "triton")(
+        logits, *rows, return_entropy
+    )
 
-        def line(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.reshape(1, -1)
+    def line(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.reshape(1, -1)
 
-        entropy_grad = tokens.options[11] != 0  # entropy_coef
-        _, _, g, h, scale = _register.overload("policy_loss", backend)(
-            line(logprobs),
-            line(tokens.advantages),
-            line(rows.mask),
-            line(tokens.old_logprobs),
-            line(tokens.ref_logprobs),
-            line(tokens.rollout_logprobs),
-            line(entropy) if return_entropy else None,
-            line(tokens.token_weights),
-            line(tokens.entropy_mask),
-            *[None] * 4,
-            tokens.options,
-            True,
-            entropy_grad,
-        )
-        upstream = torch.zeros_like(tokens.scales)
-        upstream[..., 0] = g.view(logprobs.shape) * scale[0] * tokens.scales[..., 0]
-        if entropy_grad:
-            upstream[..., 1] = h.view(logprobs.shape) * scale[1] * tokens.scales[..., 1]
-        if grad.data_ptr() != logits.data_ptr():
-            grad.copy_(logits)
-        _register.overload("token_logprobs_bwd_", backend)(
-            upstream[..., 0].contiguous(),
-            upstream[..., 1].contiguous() if entropy_grad else None,
-            grad,
-            *rows,
-            logprobs,
-            entropy,
-            state,
-        )
-        return logprobs, entropy, upstream
-
-    return policy_rows
+    entropy_grad = tokens.options[11] != 0  # entropy_coef
+    _, _, g, h, scale = _register.overload("policy_loss", "triton")(
+        line(logprobs),
+        line(tokens.advantages),
+        line(rows.mask),
+        line(tokens.old_logprobs),
+        line(tokens.ref_logprobs),
+        line(tokens.rollout_logprobs),
+        line(entropy) if return_entropy else None,
+        line(tokens.token_weights),
+        line(tokens.entropy_mask),
+        *[None] * 4,
+        tokens.options,
+        True,
+        entropy_grad,
+    )
+    upstream = torch.zeros_like(tokens.scales)
+    upstream[..., 0] = g.view(logprobs.shape) * scale[0] * tokens.scales[..., 0]
+    if entropy_grad:
+        upstream[..., 1] = h.view(logprobs.shape) * scale[1] * tokens.scales[..., 1]
+    if grad.data_ptr() != logits.data_ptr():
+        grad.copy_(logits)
+    _register.overload("token_logprobs_bwd_", "triton")(
+        upstream[..., 0].contiguous(),
+        upstream[..., 1].contiguous() if entropy_grad else None,
+        grad,
+        *rows,
+        logprobs,
+        entropy,
+        state,
+    )
+    return logprobs, entropy, upstream
 
 
 def _fake(logits, grad, token_ids, *rest):
@@ -210,6 +208,4 @@ def _fake(logits, grad, token_ids, *rest):
 
 
 _register.register_fake("policy_rows", _fake)
-_register.register_python("policy_rows", "triton", _composed("triton"))
-# On a GPU with compiled kernels, too; the CPU's own is in C++.
-_register.LIBRARY.impl("policy_rows", _composed("native"), "CUDA")
+_register.register_python("policy_rows", "triton", _composed)

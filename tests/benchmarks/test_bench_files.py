@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,17 @@ def test_quick_return_scan():
         table = rows(run.stdout, task)
         assert list(table) == [c.name for c in ReturnScans.contestants if c.task == task]
         assert float(table["PyTorch loop"]["x PyTorch loop"]) == 1
+
+
+def test_only_some_files_and_how_long_they_take():
+    run = run_pytest("benchmarks", "--only", "whiten,kl_penalty", "--collect-only", "-q")
+    files = {line.split("::")[0] for line in run.stdout.splitlines() if "::" in line}
+    assert files == {"benchmarks/bench_whiten.py", "benchmarks/bench_kl_penalty.py"}
+    run = run_pytest("benchmarks", "--only", "whiten", "--collect-only")
+    said = re.search(r"rlkern benchmarks: about ([\d.]+) minutes", run.stdout)
+    assert said and 0 < float(said.group(1)) < 10
+    run = run_pytest("benchmarks", "--only", "no_such_file", "--collect-only")
+    assert run.returncode != 0 and "got 'no_such_file'" in run.stderr
 
 
 class TestReturnScanErrors:

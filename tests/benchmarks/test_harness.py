@@ -1,12 +1,14 @@
 """The harness itself: turns, medians, wrong results, failing peers, memory, floors, report."""
 
+import json
+import re
 import time
 
 import pytest
 import torch
 from toy_bench import TEMPORARY_BYTES, Toy
 
-from benchmarks import tables, worker
+from benchmarks import machine, tables, worker
 from benchmarks.case import Contestant, Floor, MemoryLimit, Plan
 from benchmarks.measure import judge, measure, process_medians, times_as_fast
 from benchmarks.memory import peak_extra_bytes
@@ -176,3 +178,11 @@ def test_report_names_what_is_wrong_and_what_was_missed(summary):
     assert cells("right")[-1].strip() == "0.0e+00 (double)"
     floors = [line.split("|")[4].strip() for line in lines if line.startswith("| double/")]
     assert floors == ["yes", "NO", "not measured", "NO"]
+
+
+def test_the_machine_is_described_without_paths():
+    assert re.fullmatch(r"[a-z0-9-]+-\d+-cores", machine.name())
+    assert all(size >= 1024 for size in machine.cache_bytes().values())
+    described = machine.describe()
+    assert described["name"] == machine.name() and described["versions"]["torch"]
+    assert str(machine.ROOT) not in json.dumps(described)

@@ -46,6 +46,12 @@ class TestStore:
         assert dates == {1 << 16: "2026-02", 7: "2026-01"}
         assert [file.name for file in tmp_path.iterdir()] == ["double.json"]
 
+    def test_cases_of_an_older_definition_go(self, summary, tmp_path):
+        store.keep(tmp_path, summary, MACHINE)
+        new = summary | {"params": {"size": 1 << 16, "cache": "warm"}}
+        store.keep(tmp_path, new, MACHINE)
+        assert [case["params"] for case in store.read_all(tmp_path)] == [new["params"]]
+
     def test_a_file_that_names_its_machine_once_is_read(self, summary, tmp_path):
         file = tmp_path / "old.json"
         file.write_text(json.dumps({"machine": MACHINE, "cases": [summary]}))
@@ -104,6 +110,17 @@ class TestCompare:
         entry["seconds"] = {name: 1000 * value for name, value in entry["seconds"].items()}
         text, worse = compare.report([case], [new])
         assert not worse and "slower" in text
+
+    def test_what_is_in_one_of_both_is_named(self, case):
+        new = copy.deepcopy(case) | {"machine": MACHINE | {"instruction_set": "avx512"}}
+        new["entries"]["double/other"] = new["entries"].pop("double/right") | {"name": "other"}
+        text, worse = compare.report([case], [new, case | {"params": {"size": 7}}])
+        assert not worse and "Only in the new results: double, 7." in text
+        assert "Not the same machine: a CPU, 2 cores, avx2; " in text
+        rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
+        assert {row[3]: row[-2] for row in rows if row[-2:-1] in (["gone"], ["new"])} == {
+            "right": "gone", "other": "new",
+        }  # fmt: skip
 
     @pytest.mark.parametrize("status", ["wrong", "skipped"])
     def test_what_no_longer_has_a_speed_is_worse(self, case, status):

@@ -14,7 +14,8 @@ def sweep_of(costs, size=1 << 10, axis="tokens"):
         for i, cost in enumerate(costs)
     ]  # fmt: skip
     return {"operator": "toy", "axis": axis, "title": f"toy over {axis}", "points": points,
-            "machine": MACHINE, "took_seconds": 1.0}  # fmt: skip
+            "machine": MACHINE, "took_seconds": 1.0, "load_before": 0.0,
+            "read_bytes_per_second": 4.0}  # fmt: skip
 
 
 def test_the_line_is_what_lies_within_a_quarter_of_the_best():
@@ -26,7 +27,7 @@ def test_a_small_end_is_the_call_and_a_large_end_the_cache():
     # From 2^19 bytes to 2^20 the machine's 1 MiB cache is passed.
     text = " ".join(sweeps.sentences(sweep_of([5, 1, 1, 2], size=1 << 18), "rlkern"))
     assert "for tokens from 2 to 4" in text
-    assert "Below 2 an element costs more, 5 times at 1" in text
+    assert "Below 2 an element costs more, 5 times at 1: that call takes 4000 ms besides" in text
     assert "From 8 on it is not: 2 times the best there" in text
     assert "pass L2's 1 MiB" in text
 
@@ -40,9 +41,11 @@ def test_a_whole_line_says_nothing_more():
     assert len(sweeps.sentences(sweep_of([1, 1.1, 1]), "rlkern")) == 1
 
 
-def test_threads_have_a_reason_of_their_own():
-    text = " ".join(sweeps.sentences(sweep_of([1, 2], axis="threads"), "rlkern"))
-    assert "GB/s" in text and "cache" not in text
+@pytest.mark.parametrize("most, binds", [(1.0, True), (1e6, False)])
+def test_threads_are_bound_by_memory_only_near_its_rate(most, binds):
+    sweep = sweep_of([1, 2], axis="threads") | {"read_bytes_per_second": most}
+    text = " ".join(sweeps.sentences(sweep, "rlkern"))
+    assert ("memory binds" in text) == binds and ("reason is not known" in text) != binds
 
 
 def test_pages(tmp_path):
@@ -51,6 +54,11 @@ def test_pages(tmp_path):
     assert (tmp_path / "scaling" / "toy_tokens.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "scaling" / "index.md").read_text()
     assert "rlkern: linear within 25% for tokens from 2 to 4" in page
+    rows = [[cell.strip() for cell in line.split("|")] for line in page.splitlines()]
+    # Point 4 moves 4 KiB in 4 s: 1024 bytes a second, of 4 that reading gets.
+    assert [row[3:7] for row in rows if row[1:2] == ["4"]] == [
+        ["4000", "1.00e+09", "256.00", "0.0e+00"]
+    ]
     sweeps.write_pages(tmp_path / "none")
     assert not (tmp_path / "none").exists()
 

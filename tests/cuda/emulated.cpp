@@ -7,55 +7,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <tuple>
-
 #include "cuda/sum.cuh"
 #include "cuda/token_logprobs.cuh"
+#include "emulated_logits.h"
 
 namespace py = pybind11;
 using namespace rlkern;
 
 namespace {
-
-using Span = std::tuple<uintptr_t, int64_t, int64_t>;  // address, outer stride, inner stride
-
-struct Logits {
-  std::string dtype;
-  Span x;
-  int64_t outer, inner, vocab;
-  Span ids, mask, temperature;
-  double number, softcap;
-  int64_t max_blocks;
-};
-
-TokenGrid grid(const Logits& logits, const Span& span) {
-  return {logits.outer, logits.inner, std::get<1>(span), std::get<2>(span)};
-}
-
-template <typename T>
-TokenSpan<T> token_span(const Logits& logits, const Span& span) {
-  return {grid(logits, span), reinterpret_cast<T*>(std::get<0>(span))};
-}
-
-template <typename Type>
-LogitRows<Type> logit_rows(const Logits& logits) {
-  using Scalar = typename Type::Scalar;
-  return {reinterpret_cast<const Scalar*>(std::get<0>(logits.x)),
-          grid(logits, logits.x),
-          logits.vocab,
-          token_span<const int64_t>(logits, logits.ids),
-          token_span<const bool>(logits, logits.mask),
-          token_span<const float>(logits, logits.temperature),
-          static_cast<float>(1.0 / logits.number),
-          static_cast<float>(logits.softcap)};
-}
-
-template <typename Run>
-void with_type(const std::string& dtype, const Run& run) {
-  if (dtype == "float32") run(Float32{});
-  if (dtype == "float16") run(Float16{});
-  if (dtype == "bfloat16") run(BFloat16{});
-}
 
 template <typename Type, bool kCapped, bool kEntropy>
 void launch_forward(const ForwardArgs<Type>& args, const RowPlan& plan, int64_t max_blocks) {
@@ -159,13 +118,7 @@ float widen_bits(uint32_t bits) {
 }  // namespace
 
 PYBIND11_MODULE(_emulated, m) {
-  py::class_<Logits>(m, "Logits")
-      .def(py::init([](std::string dtype, Span x, int64_t outer, int64_t inner, int64_t vocab,
-                       Span ids, Span mask, Span temperature, double number, double softcap,
-                       int64_t max_blocks) {
-        return Logits{dtype, x,           outer,  inner,   vocab,     ids,
-                      mask,  temperature, number, softcap, max_blocks};
-      }));
+  bind_logits(m);
   m.def("forward", &forward);
   m.def("backward", &backward);
   m.def("add_widened", &add_widened_to);

@@ -102,23 +102,30 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.full(shape, torch.nan, dtype=dtype)
 
 
+def logit_rows(
+    module: ModuleType, logits, ids, mask, token_temperature, temperature, softcap, max_blocks
+):
+    """The module's Logits."""
+    tokens = logits.shape[:-1]
+    assert len(tokens) <= 2 and logits.stride(-1) == 1 or logits.shape[-1] == 1
+    assert ids.dtype == torch.int64 and (mask is None or mask.dtype == torch.bool)
+    outer = tokens[0] if len(tokens) == 2 else 1
+    inner = tokens[-1] if tokens else 1
+    rows = logits[..., 0]
+    return module.Logits(
+        DTYPES[logits.dtype], span(rows), outer, inner, logits.shape[-1], span(ids),
+        span(mask), span(token_temperature), temperature, softcap or 0.0, max_blocks,
+    )  # fmt: skip
+
+
 class Emulated:
     """The operators' arguments and results, on CPU tensors."""
 
     def __init__(self, module: ModuleType) -> None:
         self.module = module
 
-    def _logits(self, logits, ids, mask, token_temperature, temperature, softcap, max_blocks):
-        tokens = logits.shape[:-1]
-        assert len(tokens) <= 2 and logits.stride(-1) == 1 or logits.shape[-1] == 1
-        assert ids.dtype == torch.int64 and (mask is None or mask.dtype == torch.bool)
-        outer = tokens[0] if len(tokens) == 2 else 1
-        inner = tokens[-1] if tokens else 1
-        rows = logits[..., 0]
-        return self.module.Logits(
-            DTYPES[logits.dtype], span(rows), outer, inner, logits.shape[-1], span(ids),
-            span(mask), span(token_temperature), temperature, softcap or 0.0, max_blocks,
-        )  # fmt: skip
+    def _logits(self, *args):
+        return logit_rows(self.module, *args)
 
     def forward(
         self, logits, ids, mask=None, token_temperature=None, temperature=1.0, softcap=None,

@@ -35,5 +35,7 @@ selected="small_vocabularies or several_grids or masked_rows or margin"
 selected+=" or backward or several_chains or no_sequences or alone or dapo or gspo"
 # Of the values and advantages: several warps and blocks, groups by ids in a race for their leaders.
 selected+=" or value_loss or bits_do_not or several_rewards or order or collide"
+# Of the divergence: the passes of a row, the gradient over a row that is read.
+selected+=" or blocks_and_grids or either_row"
 tests+=(-k "$selected")
 run thread libtsan.so

@@ -34,7 +34,7 @@ struct ShimBlock {
   std::barrier<> barrier;
   std::vector<std::unique_ptr<ShimWarp>> warps;
 };
-inline ShimBlock* shim_block = nullptr;
+inline thread_local ShimBlock* shim_block = nullptr;
 
 inline void __syncthreads() { shim_block->barrier.arrive_and_wait(); }
 
@@ -96,10 +96,10 @@ T atomicMin(T* at, T value) {
 template <typename Run>
 void shim_launch(unsigned blocks, unsigned threads, const Run& run) {
   ShimBlock block(threads);
-  shim_block = &block;
   std::vector<std::thread> pool;
   for (unsigned t = 0; t < threads; ++t) {
     pool.emplace_back([&, t] {
+      shim_block = &block;
       threadIdx.x = t;
       blockDim.x = threads;
       for (unsigned b = 0; b < blocks; ++b) {

@@ -39,6 +39,7 @@ class Kernel:
     name: str
     registers: int
     stack: int
+    shared: int
     local: int
     spilled: int
 
@@ -86,7 +87,7 @@ def kernels(source: Path) -> list[Kernel]:
             arch = match.group(1)
         elif match := re.match(r"Function (\S+):", line.strip()):
             name = match.group(1)
-        elif match := re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", line):
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
             key = next(a for a in ARCHS if a == arch or a.rstrip("af") == arch)
             numbers = map(int, match.groups())
             found.append(Kernel(key, name, *numbers, spilled[key, name]))

@@ -289,6 +289,63 @@ def test_products(backend, name, monkeypatch):
     assert len(counted) == 4
 
 
+def test_autocast(backend):
+    if backend.dtype == torch.float64:
+        pytest.skip("autocast leaves float64 alone")
+    loss = EXACT["ppo"]
+    batch = ExactBatch(loss)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = from_hidden(loss, batch, **batch.of_hidden)
+    names = ("hidden", "weight", "ref_hidden", "ref_weight")
+    for name in names:
+        setattr(batch, name, getattr(batch, name).bfloat16())
+    half = from_hidden(loss, batch, **batch.of_hidden)
+    assert torch.equal(mixed[0], half[0]) and mixed[2].dtype == torch.float32
+    assert torch.equal(mixed[2].bfloat16(), half[2])
+
+
+def test_opcheck(backend, monkeypatch):
+    if not backend.is_kernel:
+        pytest.skip("eager PyTorch has no operator of its own for these")
+    calls = []
+    for name in ("policy_loss_logits", "policy_loss_hidden", "policy_loss_sequences"):
+        packet = getattr(torch.ops.rlkern, name)
+        monkeypatch.setattr(
+            torch.ops.rlkern, name, lambda *args, packet=packet: calls.append((packet, args)) or
+            packet(*args),
+        )  # fmt: skip
+    for name in ("ppo", "gspo"):
+        batch = ExactBatch(EXACT[name])
+        from_hidden(EXACT[name], batch, **batch.of_hidden)
+        if name == "ppo":
+            from_logits(EXACT[name], batch, **batch.of_logits)
+    monkeypatch.undo()
+    assert len(calls) == 3
+    for packet, args in calls:
+        args = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+                for x in args]  # fmt: skip
+        torch.library.opcheck(packet, args)
+
+
+def test_batch_invariant(backend):
+    loss = EXACT["ppo"].replace(aggregation="token_sum")
+    batch = ExactBatch(loss, sequences=6, length=40, vocab=307, dtype=single(backend.dtype))
+
+    def grad(rows):
+        hidden = batch.hidden[rows].clone().requires_grad_()
+        given = {name: x[rows] for name, x in batch.given.items()}
+        out = loss.from_hidden(
+            hidden, batch.weight, batch.ids[rows], batch.advantages[rows], batch_invariant=True,
+            memory_budget=1, ref_hidden=batch.ref_hidden[rows], ref_weight=batch.ref_weight,
+            **given,
+        )  # fmt: skip
+        return torch.autograd.grad(out.loss, hidden)[0]
+
+    whole = grad(slice(None))
+    for rows in (slice(0, 1), slice(2, 5)):
+        assert torch.equal(grad(rows), whole[rows])
+
+
 REFUSED = [
     ({"kl_clamp": "openrlhf"}, "kl_clamp: expected None with kl_estimator 'exact'"),
     ({"kl_ratio_weighted": True}, "kl_ratio_weighted: expected False with kl_estimator 'exact'"),

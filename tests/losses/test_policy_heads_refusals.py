@@ -101,7 +101,7 @@ REFUSED = [
     ({"softcap": 0}, ValueError, "softcap: expected a positive"),
     ({"inplace": 1}, TypeError, "inplace: expected a bool, got 1"),
     ({"entropy": None}, TypeError, "entropy: expected a bool, got None"),
-    ({"old_logprob": None}, ValueError, "argument: expected one of .* did you mean 'old_logprobs'"),
+    ({"old_logprob": None}, TypeError, "argument 'old_logprob'; did you mean 'old_logprobs'"),
     ({"old_logprobs": torch.zeros(2)}, ValueError, r"old_logprobs: expected shape \[2, 3\]"),
     ({"rollout_logprobs": torch.zeros(2, 3)}, ValueError, "rollout_logprobs: expected None"),
 ]

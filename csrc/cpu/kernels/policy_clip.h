@@ -11,13 +11,6 @@
 namespace rlkern {
 namespace {
 
-RLKERN_INLINE SequenceShares scaled(SequenceShares shares, GradientScales scales) {
-  shares.policy *= scales.policy;
-  shares.kl *= scales.policy;
-  shares.bonus *= scales.bonus;
-  return shares;
-}
-
 inline bool is_plain_clip(const PolicyOptions& o, const PolicySequence& s) {
   const bool plain_kl =
       s.ref_logprobs == nullptr ||

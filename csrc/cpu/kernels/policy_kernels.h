@@ -6,12 +6,6 @@
 
 namespace rlkern {
 
-// What the gradients are multiplied by: one over the batch's denominators.
-struct GradientScales {
-  float policy;  // of the policy and KL terms
-  float bonus;
-};
-
 struct TokenKernels {
   // Adds the sequence to the totals and writes its gradients.
   void (*policy)(const PolicyOptions&, const PolicySequence&, GradientScales, PolicyTotals*);

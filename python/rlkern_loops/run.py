@@ -1,0 +1,161 @@
+"""The bookkeeping of a run: its seed and device, its log, checkpoints to go on from, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
+
+from rlkern_loops import checkpoint
+from rlkern_loops.data import Example
+from rlkern_loops.errors import CheckpointError, RunError
+from rlkern_loops.log import RunLog
+from rlkern_loops.options import RunConfig, changed
+from rlkern_loops.rollout import Completions
+
+
+class Run:
+    """Where a run stands, and what it leaves on disk.
+
+    In the order of use: `Run(config)`, `start` with everything that has a state, `steps`, `record`
+    after each, `finish`.
+
+    Attributes:
+        device: "cpu" or a GPU's name.
+        resumed: whether the run goes on from a checkpoint.
+        facts: numbers to keep over an interruption.
+    """
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        self.device = config.device
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.set_num_threads(config.threads)
+        if not sys.stderr.isatty():
+            transformers_logging.disable_progress_bar()
+        self.facts: dict[str, float] = {}
+        self._clock = time.perf_counter()
+        self._found = None
+        if config.resume:
+            self._found = checkpoint.resume(config.output_dir, config.resume)
+        elif moved := checkpoint.set_aside(config.output_dir):
+            print(f"the checkpoints of an earlier run are in {moved} now")
+        self.resumed = self._found is not None
+
+    def start(self, **parts: Any) -> None:
+        """Seeds every generator, takes the parts back to the checkpoint's state, opens the log.
+
+        Args:
+            **parts: what has state_dict() and load_state_dict(): models, optimizers, the sampler.
+        """
+        self.parts = parts
+        self._saved = 0
+        random.seed(self.config.seed)
+        numpy.random.seed(self.config.seed % 2**32)
+        torch.manual_seed(self.config.seed)
+        if self._found is not None:
+            self._saved, state = self._found
+            if names := changed(self.config, state["config"]):
+                print(f"going on with other options than before: {', '.join(names)}")
+            for name, part in parts.items():
+                part.load_state_dict(state["parts"][name])
+            self.facts = state["facts"]
+            self._clock -= self.facts.pop("seconds")
+            checkpoint.set_rng_state(state["rng"])
+            self._found = None  # its tensors are as large as the run's
+            print(f"going on after step {self._saved}")
+        self._mark(self._saved)
+        self.log = RunLog(
+            self.config.output_dir, self.config, report_to=self.config.report_to,
+            resumed_step=self.done if self.resumed else None, total_steps=self.config.steps,
+            print_every=self.config.print_every,
+        )  # fmt: skip
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, numbered from 1."""
+        yield from self.log.progress(range(self.done + 1, self.config.steps + 1))
+
+    @contextlib.contextmanager
+    def rescued(self) -> Iterator[None]:
+        """Around the steps: an error in one leaves a checkpoint to go on from.
+
+        It holds the weights as they are, which a loss that was not finite did not change, with the
+        random generators and the place in the data of the step's beginning: the step is repeated.
+        """
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except RunError as error:
+            if not self.config.save_every or not self.done:
+                raise
+            if self._saved != self.done:
+                self._save()
+            latest = checkpoint.latest(self.config.output_dir)
+            raise type(error)(
+                f"{error}; --resume auto goes on after step {self.done}, from {latest}"
+            ) from error
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """Logs a step that is done, and saves a checkpoint where one is due."""
+        self._mark(step)
+        self.log.step(step, metrics)
+        every = self.config.save_every
+        if every and (step % every == 0 or step == self.config.steps):
+            self._save()
+
+    def samples(
+        self, step: int, examples: Sequence[Example], written: Completions, tokenizer, rewards
+    ) -> None:
+        """Prints a completion of a step where it is due, and keeps all of them."""
+        every = self.config.samples_every
+        if every and step % every == 0:
+            prompts = [example.prompt for example in examples]
+            self.log.samples(step, prompts, written.texts(tokenizer), rewards.tolist())
+
+    def _mark(self, step: int) -> None:
+        """Notes that a step is done, and what changes before the next one's weights do: the random
+        generators and the states without tensors."""
+        self.done = step
+        self._light = {
+            name: part.state_dict() for name, part in self.parts.items()
+            if not isinstance(part, (torch.nn.Module, torch.optim.Optimizer))
+        }  # fmt: skip
+        self._rng = checkpoint.rng_state()
+
+    def _save(self) -> None:
+        parts = {name: self._light.get(name) or p.state_dict() for name, p in self.parts.items()}
+        state = {
+            "config": dataclasses.asdict(self.config), "rng": self._rng, "parts": parts,
+            "facts": self.facts | {"seconds": time.perf_counter() - self._clock},
+        }  # fmt: skip
+        checkpoint.save(self.config.output_dir, self.done, state, keep=self.config.keep_checkpoints)
+        self._saved = self.done
+
+    def finish(self, model: Any, tokenizer: Any, result: dict[str, float]) -> dict[str, float]:
+        """Saves the model in transformers' format under output_dir/model, and ends the log.
+
+        Returns:
+            The result, with the seconds that the whole run took.
+        """
+        result = result | {"seconds": time.perf_counter() - self._clock}
+        folder = Path(self.config.output_dir) / "model"
+        try:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"cannot save the model to {folder}: {error}") from error
+        self.log.write({"phase": "result", **result})
+        self.log.close()
+        return result

@@ -1,0 +1,115 @@
+"""The cases' own judgement: who runs here is right, and a spoilt output is not."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+from benchmarks import bench_group_advantages as groups
+from benchmarks import bench_kl_penalty as kl
+from benchmarks import bench_policy_loss as policy
+from benchmarks import bench_step as step
+from benchmarks import bench_value_loss as value
+from benchmarks import bench_whiten as whiten
+from benchmarks import peers
+
+CASES = {
+    "group_advantages": lambda: groups.GroupAdvantages(**groups.QUICK_SHAPE, cache="warm"),
+    "kl_penalty": lambda: kl.KlPenalty(**kl.QUICK_SHAPE),
+    "policy_loss": lambda: policy.PolicyLosses(**policy.QUICK_SHAPE, cache="warm"),
+    "value_loss": lambda: value.ValueLosses(**value.QUICK_SHAPE),
+    "whiten": lambda: whiten.Whiten(**whiten.QUICK_SHAPE),
+}
+# Compiling takes long, and verl and OpenRLHF are not installed with the tests.
+NAMES = ("rlkern", "eager", "eager, any ids", "a loop over groups")
+
+
+def tensors(outputs):
+    """The tensors of outputs, in dicts and tuples too."""
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    parts = outputs.values() if isinstance(outputs, dict) else outputs
+    return [tensor for part in parts for tensor in tensors(part)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_contestants_are_right_and_spoilt_ones_are_wrong(name):
+    case = CASES[name]()
+    for contestant in case.contestants:
+        if contestant.name not in NAMES:
+            continue
+        outputs = contestant.build()(*case.prepare(contestant.task))
+        errors = case.errors(contestant.task, outputs)
+        assert errors and all(error <= case.tolerance for error in errors.values())
+        if contestant.name != "eager":
+            continue
+        for tensor in tensors(outputs):
+            with torch.no_grad():
+                kept = tensor.clone()
+                # The first position of a ragged batch counts.
+                first = tensor.view(-1)[:1]
+                first.add_(1)
+                wrong = case.errors(contestant.task, outputs)
+                assert max(wrong.values()) > case.tolerance, contestant.key
+                first.fill_(torch.nan)
+                lost = case.errors(contestant.task, outputs).values()
+                assert not all(error <= case.tolerance for error in lost), contestant.key
+                tensor.copy_(kept)
+
+
+class TestStep:
+    @pytest.fixture(scope="class")
+    def case(self):
+        return step.TrainingStep(**step.QUICK_SHAPE)
+
+    @pytest.mark.parametrize("name", ["rlkern from_hidden", "eager", "without a loss"])
+    def test_the_step_is_judged_and_weights_move(self, case, name):
+        (contestant,) = (c for c in case.contestants if c.name == name)
+        loss, model = contestant.build()(*case.prepare(step.TASK))
+        # Not of every weight: a norm's 1 has no bf16 neighbour as near as one step.
+        assert not model.lm_head.weight.equal(case.pristine["lm_head.weight"])
+        errors = case.errors(step.TASK, (loss, model))
+        assert all(error <= case.tolerance for error in errors.values())
+        assert (errors == {"no loss": 0.0}) == (name == "without a loss")
+
+    def test_wrong_gradients_and_losses_are_seen(self, case):
+        (contestant,) = (c for c in case.contestants if c.name == "eager")
+        loss, model = contestant.build()(*case.prepare(step.TASK))
+        assert case.errors(step.TASK, (loss + 1, model))["loss"] > 0.9
+        model.lm_head.weight.grad.mul_(1.5)
+        assert case.errors(step.TASK, (loss, model))["lm_head"] > 0.4
+        model.model.norm.weight.grad.add_(100)
+        assert case.errors(step.TASK, (loss, model))["rest"] > case.tolerance
+
+
+class TestPeers:
+    @pytest.fixture
+    def package(self, tmp_path, monkeypatch):
+        """A package whose __init__ cannot be run, with a module that can."""
+        inner = tmp_path / "heavy_peer" / "inner"
+        inner.mkdir(parents=True)
+        (tmp_path / "heavy_peer" / "__init__.py").write_text("raise ImportError('needs a GPU')\n")
+        (inner / "__init__.py").write_text("raise ImportError('needs a GPU')\n")
+        (inner / "light.py").write_text(
+            "from heavy_peer.inner.more import x\n\ndef f():\n    return x\n"
+        )
+        (inner / "more.py").write_text("x = 7\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        yield
+        for name in [name for name in sys.modules if name.startswith("heavy_peer")]:
+            del sys.modules[name]
+
+    def test_a_module_is_imported_without_its_packages_code(self, package):
+        assert peers.member("heavy_peer.inner.light", "f")() == 7
+        assert isinstance(sys.modules["heavy_peer.inner"], types.ModuleType)
+
+    def test_what_is_missing_is_named(self, package):
+        with pytest.raises(ModuleNotFoundError, match="No module named 'no_such_peer'"):
+            peers.member("no_such_peer.part", "f")
+        with pytest.raises(ModuleNotFoundError, match="heavy_peer.inner.absent"):
+            peers.member("heavy_peer.inner.absent", "f")
+
+    def test_a_gpu_peer_gives_its_reason(self):
+        with pytest.raises(NotImplementedError, match="x runs on a GPU only"):
+            peers.gpu_only("x")()

@@ -1,0 +1,131 @@
+"""Runs that are killed, interrupted by an error, or resumed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rlkern_loops import checkpoint, grpo, ppo
+from rlkern_loops.errors import RewardError
+from rlkern_loops.grpo import GRPOConfig
+from rlkern_loops.learn import NonFiniteLoss
+from rlkern_loops.ppo import PPOConfig
+
+LOOPS = {"grpo": (GRPOConfig, grpo.train), "ppo": (PPOConfig, ppo.train)}
+
+
+def command(loop, options):
+    given = [f"--{name}={value}" for name, value in options.items()]
+    return [sys.executable, "-m", "rlkern_loops.cli", "train", loop, *given]
+
+
+@pytest.mark.parametrize("loop", ["grpo", "ppo"])
+def test_a_killed_run_goes_on_bit_for_bit(short, records, tmp_path, loop):
+    """Killed by SIGKILL in the middle of a step, resumed, and compared with one left alone."""
+    options = short | {"steps": 40, "save_every": 3, "seed": 3}
+    if loop == "ppo":
+        options |= {"target_kl": 1.0}
+    config_class, train = LOOPS[loop]
+    train(config_class(**options | {"output_dir": str(tmp_path / "whole")}))
+    whole = records(tmp_path / "whole")
+
+    folder = tmp_path / "killed"
+    options |= {"output_dir": str(folder), "resume": "auto"}
+    with subprocess.Popen(
+        command(loop, options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        log = folder / "metrics.jsonl"
+        until = time.monotonic() + 300
+        # The lines: the options, then one a step. After the fifth step, long before the last.
+        while not (log.exists() and log.read_text().count("\n") >= 6):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < until
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGKILL)
+    left = records(folder)
+    assert 5 <= len(left) < 40
+    saved = checkpoint.latest(folder)
+    assert saved is not None
+
+    done = subprocess.run(command(loop, options), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "going on after step" in done.stdout
+    assert records(folder) == whole
+    weights = [
+        torch.cat([p.flatten() for p in state["parts"]["policy"].values()])
+        for state in (checkpoint.load(checkpoint.latest(tmp_path / n)) for n in ("whole", "killed"))
+    ]
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("loop", ["grpo", "ppo"])
+def test_a_loss_that_is_no_number_changes_nothing(short, records, monkeypatch, loop):
+    config_class, train = LOOPS[loop]
+    options = short | {"steps": 6, "save_every": 5, "reward": "rlkern_loops.tasks:solved"}
+    module = sys.modules[train.__module__]
+    update, calls = module.update, []
+
+    def poisoned(policy, *rest):
+        calls.append({k: v.clone() for k, v in policy.state_dict().items()})
+        if len(calls) == 2 * config_class().epochs * 2 + 2:  # the third step's second mini-batch
+            with torch.no_grad():
+                policy.transformer.h[0].mlp.c_fc.bias.register_hook(lambda g: g * torch.nan)
+        return update(policy, *rest)
+
+    monkeypatch.setattr(module, "update", poisoned)
+    with pytest.raises(NonFiniteLoss, match="--resume auto goes on after step 2, from .*000002"):
+        train(config_class(**options))
+    saved = checkpoint.load(checkpoint.latest(short["output_dir"]))
+    for name, value in saved["parts"]["policy"].items():
+        assert torch.equal(value, calls[-1][name])
+    monkeypatch.setattr(module, "update", update)
+    train(config_class(**options, resume="auto"))
+    assert [r["step"] for r in records(short["output_dir"])] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("loop", ["grpo", "ppo"])
+def test_a_reward_that_raises_loses_no_step(short, records, tmp_path, monkeypatch, loop):
+    """The run that goes on after it is the run without it."""
+    (tmp_path / f"moody_{loop}.py").write_text(
+        "calls = 0\nfail_at = None\n\n\n"
+        "def judge(completions):\n"
+        "    global calls\n    calls += 1\n"
+        "    assert calls != fail_at, 'not today'\n"
+        "    return [len(c) % 3 for c in completions]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    moody = __import__(f"moody_{loop}")
+    config_class, train = LOOPS[loop]
+    options = short | {
+        "steps": 4, "reward": f"moody_{loop}:judge", "eval_reward": "rlkern_loops.tasks:solved"
+    }  # fmt: skip
+    train(config_class(**options | {"output_dir": str(tmp_path / "whole")}))
+    moody.calls, moody.fail_at = 0, 3
+    with pytest.raises(RewardError, match="not today.*--resume auto goes on after step 2"):
+        train(config_class(**options))
+    moody.fail_at = None
+    train(config_class(**options, resume="auto"))
+    assert records(short["output_dir"]) == records(tmp_path / "whole")
+
+
+def test_a_new_run_does_not_go_on_from_an_old_one(short, records):
+    train = grpo.train
+    train(GRPOConfig(**short | {"save_every": 1}))
+    train(GRPOConfig(**short | {"save_every": 0, "steps": 2}))
+    assert len(records(short["output_dir"])) == 2
+    assert checkpoint.latest(short["output_dir"]) is None
+    assert list((Path(short["output_dir"]) / "checkpoints.previous").glob("*.pt"))
+
+
+def test_options_that_changed_are_named(short, capsys):
+    train = grpo.train
+    train(GRPOConfig(**short | {"save_every": 1, "steps": 2}))
+    train(GRPOConfig(**short | {"resume": "auto", "steps": 3, "learning_rate": 1e-4}))
+    said = capsys.readouterr().out
+    assert "other options than before: steps, learning_rate" in said
