@@ -7,6 +7,7 @@ bandwidth depends on torch's vectorisation for the machine at hand.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -23,7 +24,8 @@ def candidates(bulk: torch.Tensor) -> dict[str, Callable[[], object]]:
             caller restores it before every call.
     """
     words = bulk.view(-1).view(torch.float32)
-    rows = words.view(-1, bulk.shape[-1] * bulk.element_size() // 4)
+    # Rows of bf16 that are odd in length have no whole number of words: then two or more together.
+    rows = words.view(math.gcd(words.numel(), bulk.numel() // bulk.shape[-1]), -1)
     long_words = bulk.view(-1).view(torch.int64)
     copy = torch.empty_like(words).copy_(words)
     return {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy_bench import TEMPORARY_BYTES, Toy
 
-from benchmarks import machine, tables, worker
+from benchmarks import ceilings, machine, tables, worker
 from benchmarks.case import Contestant, Floor, MemoryLimit, Plan
 from benchmarks.measure import judge, measure, process_medians, times_as_fast
 from benchmarks.memory import peak_extra_bytes
@@ -103,6 +103,17 @@ def test_ceiling_is_the_fastest_candidate_of_each_process():
         {"entries": {"ceiling/read/one": entry_of(4), "ceiling/read/two": entry_of(3)}},
     ]
     assert process_medians(reports) == {"read": [1, 3]}
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (8, 5), (4, 1003), (16,)])
+def test_ceilings_move_every_byte_whatever_the_rows(shape):
+    bulk = torch.ones(shape, dtype=torch.bfloat16)
+    words = bulk.view(-1).view(torch.float32).double().sum()
+    for name, call in ceilings.candidates(bulk).items():
+        if "read" in name and "int64" not in name:
+            assert call().double().sum() == pytest.approx(words.item(), rel=1e-6)
+        else:
+            call()
 
 
 def test_ratios_are_taken_inside_each_process():
