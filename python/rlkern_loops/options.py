@@ -150,7 +150,7 @@ class RunConfig:
     warm_start_batch_size: int = option(128, "Demonstrations per supervised step.")
     warm_start_learning_rate: float = option(2e-3, "Of AdamW in the warm start.")
     reward_model_steps: int = option(
-        400, "PPO: supervised steps of the built-in task's reward model, in such batches."
+        600, "PPO: supervised steps of the built-in task's reward model, in such batches."
     )
 
     # What the numbers of this class may be; a subclass adds its own.
