@@ -21,6 +21,12 @@ ABOUT_THE_RECORD = frozenset(
      "keep_checkpoints", "eval_every"}
 )  # fmt: skip
 
+# Options that a run which goes on cannot change: its weights and its data are made by them.
+FIXED = (
+    "task", "model", "dataset", "seed", "max_operand", "word_length", "hidden_size", "num_layers",
+    "num_heads", "critic",
+)  # fmt: skip
+
 
 def option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
