@@ -93,7 +93,7 @@ def _load(kind: Any, name: str, config: Any, device: str, frozen: bool) -> nn.Mo
     try:
         settings = AutoConfig.from_pretrained(name)
         for key, value in vars(settings).items():
-            if ("drop" in key or key.endswith("_pdrop")) and isinstance(value, float):
+            if "drop" in key and isinstance(value, float):
                 setattr(settings, key, 0.0)
         with _no_report():
             model, found = kind.from_pretrained(

@@ -21,6 +21,12 @@ ABOUT_THE_RECORD = frozenset(
      "keep_checkpoints", "eval_every"}
 )  # fmt: skip
 
+# Options that a run which goes on cannot change: its weights and its data are made by them.
+FIXED = (
+    "task", "model", "dataset", "seed", "max_operand", "word_length", "hidden_size", "num_layers",
+    "num_heads", "critic",
+)  # fmt: skip
+
 
 def option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -150,7 +156,7 @@ class RunConfig:
     warm_start_batch_size: int = option(128, "Demonstrations per supervised step.")
     warm_start_learning_rate: float = option(2e-3, "Of AdamW in the warm start.")
     reward_model_steps: int = option(
-        400, "PPO: supervised steps of the built-in task's reward model, in such batches."
+        600, "PPO: supervised steps of the built-in task's reward model, in such batches."
     )
 
     # What the numbers of this class may be; a subclass adds its own.

@@ -153,11 +153,12 @@ def _setting(
 ) -> Setting:
     eval_spec = config.eval_reward or (RULE if config.dataset is None else reward)
     by_rule = eval_spec == RULE or eval_spec in VERIFIERS
+    judge = load_reward(reward, device=device)
     return Setting(
         model, tokenizer, train, validation, held_out,
         reward_model=reward.removeprefix("model:") if reward.startswith("model:") else None,
-        reward=load_reward(reward, device=device),
-        eval_reward=load_reward(eval_spec, device=device),
+        reward=judge,
+        eval_reward=judge if eval_spec == reward else load_reward(eval_spec, device=device),
         eval_name="eval/accuracy" if by_rule else "eval/reward",
         max_new_tokens=max_new_tokens,
         sampling={

@@ -20,7 +20,7 @@ from rlkern_loops import checkpoint
 from rlkern_loops.data import Example
 from rlkern_loops.errors import CheckpointError, RunError
 from rlkern_loops.log import RunLog
-from rlkern_loops.options import RunConfig, changed
+from rlkern_loops.options import FIXED, RunConfig, changed
 from rlkern_loops.rollout import Completions
 
 
@@ -49,6 +49,8 @@ class Run:
         self._found = None
         if config.resume:
             self._found = checkpoint.resume(config.output_dir, config.resume)
+            if self._found is not None:
+                self._compare(self._found[1]["config"])
         elif moved := checkpoint.set_aside(config.output_dir):
             print(f"the checkpoints of an earlier run are in {moved} now")
         self.resumed = self._found is not None
@@ -58,6 +60,9 @@ class Run:
 
         Args:
             **parts: what has state_dict() and load_state_dict(): models, optimizers, the sampler.
+
+        Raises:
+            RunError: the checkpoint is of another loop, model or data; the log cannot be written.
         """
         self.parts = parts
         self._saved = 0
@@ -66,10 +71,14 @@ class Run:
         torch.manual_seed(self.config.seed)
         if self._found is not None:
             self._saved, state = self._found
-            if names := changed(self.config, state["config"]):
-                print(f"going on with other options than before: {', '.join(names)}")
-            for name, part in parts.items():
-                part.load_state_dict(state["parts"][name])
+            try:
+                for name, part in parts.items():
+                    part.load_state_dict(state["parts"][name])
+            except (KeyError, ValueError, RuntimeError) as error:
+                raise CheckpointError(
+                    f"the checkpoint of step {self._saved} is of another loop or model: its {name} "
+                    f"does not fit: {error}"
+                ) from error
             self.facts = state["facts"]
             self._clock -= self.facts.pop("seconds")
             checkpoint.set_rng_state(state["rng"])
@@ -81,6 +90,18 @@ class Run:
             resumed_step=self.done if self.resumed else None, total_steps=self.config.steps,
             print_every=self.config.print_every,
         )  # fmt: skip
+
+    def _compare(self, before: dict[str, Any]) -> None:
+        """Says which options are others than the checkpoint's, and refuses what cannot be."""
+        names = changed(self.config, before)
+        for name in names:
+            if name in FIXED:
+                raise CheckpointError(
+                    f"{name}: the checkpoint was written with {before.get(name)!r}, got "
+                    f"{getattr(self.config, name)!r}; resume with the same, or start a new run"
+                )
+        if names:
+            print(f"going on with other options than before: {', '.join(names)}")
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, numbered from 1."""

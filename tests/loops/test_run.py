@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from rlkern_loops import checkpoint, grpo, ppo
-from rlkern_loops.errors import RewardError
+from rlkern_loops.errors import CheckpointError, RewardError
 from rlkern_loops.grpo import GRPOConfig
 from rlkern_loops.learn import NonFiniteLoss
 from rlkern_loops.ppo import PPOConfig
@@ -129,3 +130,29 @@ def test_options_that_changed_are_named(short, capsys):
     train(GRPOConfig(**short | {"resume": "auto", "steps": 3, "learning_rate": 1e-4}))
     said = capsys.readouterr().out
     assert "other options than before: steps, learning_rate" in said
+
+
+@pytest.mark.parametrize(
+    "train,options,named",
+    [
+        (ppo.train, {}, "^task: the checkpoint was written with 'addition', got 'reversal'"),
+        (ppo.train, {"task": "addition"}, "^critic: the checkpoint was written with None"),
+        (grpo.train, {"num_layers": 1}, "^num_layers: .* with 2, got 1"),
+        (grpo.train, {"seed": 2}, "^seed: .* with 1, got 2"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(short, train, options, named):
+    grpo.train(GRPOConfig(**short | {"save_every": 1, "steps": 1}))
+    config_class = PPOConfig if train is ppo.train else GRPOConfig
+    with pytest.raises(CheckpointError, match=named):
+        train(config_class(**short | options | {"resume": "auto"}))
+
+
+def test_a_model_that_was_replaced_is_refused(short, folders):
+    options = short | {"save_every": 1, "steps": 1}
+    grpo.train(GRPOConfig(**options))
+    place = Path(short["output_dir"]) / "warm_start"
+    shutil.rmtree(place)
+    shutil.copytree(folders["llama"], place)
+    with pytest.raises(CheckpointError, match="another loop or model: its policy does not fit"):
+        grpo.train(GRPOConfig(**options | {"resume": "auto", "steps": 2}))
