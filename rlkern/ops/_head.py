@@ -21,7 +21,7 @@ MEMORY_BUDGET = {"cpu": 64 << 20, "cuda": 1 << 30}
 _ROWS = 64
 # Of the weight's gradient that one chunk gives, before it is added to the sum, and of the weight
 # widened for logits in fp32.
-_PART_BYTES = 16 << 20
+_PART_BYTES = 12 << 20
 
 
 class Cut(NamedTuple):
