@@ -177,7 +177,8 @@ class Logits:
             part = max(_PART_BYTES // (4 * h.shape[1]), 1)
             for begin in range(0, z.shape[1], part):
                 columns = slice(begin, begin + part)
-                z[:, columns] = h @ self.weight[columns].float().t()
+                # Into memory of its own choice autocast would round the product.
+                torch.mm(h, self.weight[columns].float().t(), out=z[:, columns])
         if self.bias is not None:
             z += self.bias
 
@@ -239,7 +240,9 @@ class GradientSum:
 
     def result(self) -> Tensor:
         found = self.first if self.sum is None else self.sum
-        return torch.zeros_like(self.like) if found is None else found.to(self.like.dtype)
+        if found is None:
+            return self.like.new_zeros(self.like.shape)
+        return found.to(self.like.dtype)
 
 
 class HeadGradients:
@@ -256,7 +259,7 @@ class HeadGradients:
     ) -> None:
         self.hidden, self.weight = hidden, weight
         several = hidden.shape[0] > cut.rows
-        self.of_hidden = torch.zeros_like(hidden) if needs[0] else None
+        self.of_hidden = hidden.new_zeros(hidden.shape) if needs[0] else None
         self.of_weight = GradientSum(weight, backend, several) if needs[1] else None
         self.of_bias = None
         if needs[2] and bias is not None:
@@ -284,3 +287,13 @@ class HeadGradients:
             none.clone() if self.of_weight is None else self.of_weight.result(),
             none.clone() if self.of_bias is None else self.of_bias.result(),
         )
+
+
+def fake_gradients(factors: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """As HeadGradients.results, without values: contiguous, whatever the factors are."""
+    found = []
+    for factor, needed in zip(factors, needs, strict=True):
+        like = factors[0] if factor is None or not needed else factor
+        assert like is not None
+        found.append(like.new_empty(like.shape if needed else (0,)))
+    return tuple(found)

@@ -99,7 +99,10 @@ def in_steps(
     """Log-probabilities and KL first, then the loss of both."""
     number, per_token = rows.temperature, rows.token_temperature
     if inplace and not torch.compiler.is_compiling():
-        logprobs, entropy, kl = _InplaceBackward.apply(logits, reference.logits, rows, backend)
+        measured = reference.scale is None
+        logprobs, entropy, kl = _InplaceBackward.apply(
+            logits, reference.logits, rows, backend, measured
+        )
     else:
         logprobs, entropy = token_logprobs(
             logits,
@@ -121,7 +124,9 @@ class _InplaceBackward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, ref: Tensor, rows: RowArguments, backend: str) -> Any:
+    def forward(
+        ctx: Any, logits: Tensor, ref: Tensor, rows: RowArguments, backend: str, measured: bool
+    ) -> Any:
         if logits.stride(-1) != 1:
             raise ValueError(
                 "inplace=True: expected rows that are consecutive in memory, got logits with "
@@ -133,7 +138,7 @@ class _InplaceBackward(torch.autograd.Function):
         kl, kl_state = _register.overload("vocab_divergence", backend)(
             logits, ref, *divergence_arguments(rows)
         )
-        ctx.rows, ctx.backend = rows, backend
+        ctx.rows, ctx.backend, ctx.measured = rows, backend, measured
         ctx.save_for_backward(logits, ref, logprobs, entropy, state, kl_state)
         return logprobs, entropy, kl
 
@@ -143,11 +148,14 @@ class _InplaceBackward(torch.autograd.Function):
         logits, ref, logprobs, entropy, state, kl_state = ctx.saved_tensors
         logits = logits.detach()  # shares memory and version counter
         g, h, of_kl = (x.contiguous() for x in grads)
-        waiting = _register.overload("vocab_divergence_bwd", ctx.backend)(
-            of_kl, logits, ref, *divergence_arguments(ctx.rows), kl_state
-        )
+        waiting = None
+        if not ctx.measured:  # or a NaN of the reference would be the policy's
+            waiting = _register.overload("vocab_divergence_bwd", ctx.backend)(
+                of_kl, logits, ref, *divergence_arguments(ctx.rows), kl_state
+            )
         _register.overload("token_logprobs_bwd_", ctx.backend)(
             g, h, logits, *ctx.rows, logprobs, entropy, state
         )
-        logits.add_(waiting)
-        return logits, None, None, None
+        if waiting is not None:
+            logits.add_(waiting)
+        return logits, *[None] * 4

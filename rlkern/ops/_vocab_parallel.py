@@ -51,7 +51,7 @@ class Columns:
         return torch.where(here, ids - self.begin, ELSEWHERE)
 
     def summed(self, part: Tensor) -> Tensor:
-        """The sum over the ranks, rounded once."""
+        """The sum over the ranks, taken in fp32."""
         import torch.distributed as dist
 
         dtype = torch.float64 if part.dtype == torch.float64 else torch.float32

@@ -65,7 +65,8 @@ def kl_divergence(
         ref_logits: [..., V] in the same dtype; needs no gradient.
         mask: [...], bool or integer, true where a token counts. None: all do.
         divergence: "kl", "reverse_kl" or "js".
-        beta: the policy's share of the mixture in "js", above 0 and below 1.
+        beta: the policy's share of the mixture in "js", from 0.001 to 0.999: near 0 and 1, where
+            the divergence becomes beta KL(p || q) and (1 - beta) KL(q || p), fp32 loses it.
         temperature: a positive number (1e-37 to 1e37), or a tensor that broadcasts to [...], one
             per token, for which no gradient is computed.
         softcap: the bound c of c tanh(x / c) (1e-37 to 1e37), or None.
@@ -111,7 +112,11 @@ def checked_reference(logits: Tensor, ref_logits: object) -> Tensor:
         raise TypeError(f"ref_logits: expected {logits.dtype} (logits' dtype), got {ref.dtype}")
     if ref.device != logits.device:
         raise ValueError(f"ref_logits: expected device {logits.device} (logits'), got {ref.device}")
-    return _checks.without_gradient(ref, "ref_logits")
+    return consecutive(_checks.without_gradient(ref, "ref_logits"))
+
+
+# m / p is 1 - (1 - beta) where q has nothing: good to 2^-24 / beta.
+BETA = 1e-3
 
 
 def checked_arguments(
@@ -120,9 +125,7 @@ def checked_arguments(
 ) -> DivergenceArguments:  # fmt: skip
     flags = _checks.optional_mask(mask, rows, of)
     _checks.one_of(divergence, reference.DIVERGENCES, "divergence")
-    share = _checks.number(beta, "beta", above=0.0)
-    if share >= 1:
-        raise ValueError(f"beta: expected a number above 0 and below 1, got {beta}")
+    share = _checks.number(beta, "beta", minimum=BETA, maximum=1 - BETA)
     number, per_token = _checks.token_temperature(temperature, rows, of)
     cap = None if softcap is None else _checks.positive_number(softcap, "softcap")
     _checks.check_temperature_values(per_token, flags)
@@ -132,7 +135,10 @@ def checked_arguments(
 
 def _rows(logits: Tensor) -> Tensor:
     """Rows of consecutive values behind at most two dimensions of tokens."""
-    rows = logits.flatten(0, -3) if logits.dim() > 3 else logits
+    return consecutive(logits.flatten(0, -3) if logits.dim() > 3 else logits)
+
+
+def consecutive(rows: Tensor) -> Tensor:
     # A clone, because a tensor without rows is contiguous under any strides.
     return rows if rows.stride(-1) == 1 else rows.clone(memory_format=torch.contiguous_format)
 

@@ -21,6 +21,7 @@ from rlkern.ops._head import (
     checked_cut,
     checked_products,
     chunks,
+    fake_gradients,
 )
 from rlkern.ops.kl_divergence import DivergenceArguments, checked_arguments
 from rlkern.reference.linear_token_logprobs import without_scale
@@ -196,8 +197,7 @@ def _fake(hidden, *rest):
 
 
 def _fake_backward(grad_value, hidden, weight, bias, *rest):
-    needed = zip((hidden, weight, bias), rest[-1], strict=True)
-    return tuple(torch.empty_like(like) if needs else hidden.new_empty(0) for like, needs in needed)
+    return fake_gradients((hidden, weight, bias), rest[-1])
 
 
 _register.register_composite("linear_kl_divergence", _forward, _fake)

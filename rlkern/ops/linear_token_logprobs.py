@@ -22,6 +22,7 @@ from rlkern.ops._head import (
     checked_cut,
     checked_products,
     chunks,
+    fake_gradients,
 )
 from rlkern.ops._vocab_parallel import Columns
 from rlkern.ops.policy_rows import RowArguments
@@ -333,8 +334,7 @@ def _fake(hidden, weight, bias, *rest):
 
 
 def _fake_backward(grad_logprobs, grad_entropy, hidden, weight, bias, *rest):
-    needed = zip((hidden, weight, bias), rest[-1], strict=True)
-    return tuple(torch.empty_like(like) if needs else hidden.new_empty(0) for like, needs in needed)
+    return fake_gradients((hidden, weight, bias), rest[-1])
 
 
 _register.register_composite("linear_token_logprobs", _forward, _fake)

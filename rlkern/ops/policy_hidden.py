@@ -17,7 +17,7 @@ from torch import Tensor
 from rlkern import _backend
 from rlkern.ops import _register, policy_rows
 from rlkern.ops._exact_kl import ChunkedKl, ReferenceHead, divergence_arguments, with_kl
-from rlkern.ops._head import Chunk, Cut, HeadGradients, Logits, chunks
+from rlkern.ops._head import Chunk, Cut, HeadGradients, Logits, chunks, fake_gradients
 from rlkern.ops.linear_kl_divergence import head_divergence
 from rlkern.ops.linear_token_logprobs import head_logprobs
 from rlkern.ops.policy_logits import WholeArguments, loss_and_metrics, whole_arguments
@@ -394,10 +394,7 @@ def _fake(hidden, weight, bias, *rest):
     return (
         hidden.new_empty((), dtype=torch.float32),
         hidden.new_empty((METRICS,), dtype=torch.float64),
-        *(
-            like.new_empty(like.shape) if needed else hidden.new_empty(0)
-            for like, needed in zip((hidden, weight, bias), needs, strict=True)
-        ),
+        *fake_gradients((hidden, weight, bias), needs),
     )
 
 

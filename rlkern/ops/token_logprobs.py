@@ -89,7 +89,8 @@ def token_logprobs(
             the ranks (V may differ), and the same of everything else; token_ids then count over
             all columns. Every rank gets the same results, by one all-gather of V, one all-reduce
             of maxima and one of sums, which every rank must enter, and the gradient of its own
-            columns. Not inside torch.compile.
+            columns. The number of columns is known to the host, which waits for it. Not inside
+            torch.compile.
 
     Returns:
         logprobs [...], float32 (float64 for float64 logits); with return_entropy a

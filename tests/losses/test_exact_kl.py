@@ -405,3 +405,18 @@ def test_presets_that_are_separable_form_one_gradient(backend):
         )
         held = {x.data_ptr() for x in out.loss.grad_fn.saved_tensors}
         assert torch.autograd.grad(out.loss, logits)[0].data_ptr() in held
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("preset", ["grpo", "gspo"])
+def test_a_reference_that_is_only_measured_stays_out_of_the_gradient(preset, inplace):
+    """NaN in it and all, and whatever its strides are."""
+    loss = PolicyLoss.preset(preset, kl_estimator="exact", kl_coef=0.0)
+    logits = torch.randn(2, 3, 5, requires_grad=True)
+    ids, advantages = torch.randint(5, (2, 3)), torch.tensor([1.0, -1.0])
+    ref = torch.randn(2, 5, 3).transpose(1, 2)
+    ref[0, 1, 2] = torch.nan
+    out = loss.from_logits(logits * 1, ids, advantages, ref_logits=ref, inplace=inplace)
+    out.loss.backward()
+    assert out.metrics["kl"].isnan() and logits.grad.isfinite().all()
+    assert logits.grad.abs().sum() > 0

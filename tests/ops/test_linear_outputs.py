@@ -212,3 +212,31 @@ def test_float32_factors_stay_as_they_are(backend):
     hidden, weight, ids = inputs()
     wide = rlkern.linear_token_logprobs(hidden, weight, ids, logits_dtype=torch.float32)
     assert wide.equal(rlkern.linear_token_logprobs(hidden, weight, ids))
+
+
+def test_autocast_leaves_fp32_logits_as_they_are():
+    hidden, weight, ids = inputs()
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        wide = rlkern.linear_token_logprobs(hidden, weight, ids, logits_dtype=torch.float32)
+    rounded = [x.detach().bfloat16() for x in (hidden, weight)]
+    truth = unrounded(*rounded, ids, torch.zeros(V))
+    torch.testing.assert_close(wide.double(), truth, rtol=1e-5, atol=1e-5)
+    wide.sum().backward()
+    assert hidden.grad.dtype == torch.float32 and hidden.grad.isfinite().all()
+
+
+def test_a_transposed_weight_compiles_and_agrees():
+    hidden, weight, ids = inputs()
+    weight = weight.t().contiguous().t()
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+
+    def total(h, w):
+        return rlkern.linear_token_logprobs(h, w, ids).sum()
+
+    expected = torch.autograd.grad(total(hidden, weight), (hidden, weight))
+    found = torch.autograd.grad(
+        torch.compile(total, fullgraph=True)(hidden, weight), (hidden, weight)
+    )
+    for mine, eager in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, eager)
