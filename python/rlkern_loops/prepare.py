@@ -235,7 +235,7 @@ def _warm_started(config, task: Task, splits, device: str, place: Path) -> None:
         answers = [e.answer for e in asked]
         return rule([], written.texts(tokenizer), answers, written.finished.tolist()).mean().item()
 
-    records = warm_start(model, tokenizer, splits.train, config, accuracy)
+    records = warm_start(model, tokenizer, splits.train, config, accuracy, every=task.check_every)
     if records:
         reached, steps = records[-1]["eval/accuracy"], records[-1]["step"]
         print(f"warm start: greedy accuracy {reached:.3f} after {steps:.0f} supervised steps")

@@ -34,7 +34,12 @@ def demonstrations(tokenizer: Any, examples: Sequence[Example], device: str) -> 
 
 
 def warm_start(
-    model, tokenizer, examples: Sequence[Example], options, accuracy: Callable[[], float]
+    model,
+    tokenizer,
+    examples: Sequence[Example],
+    options,
+    accuracy: Callable[[], float],
+    every: int,
 ) -> list[dict[str, float]]:
     """Trains on demonstrations until the model is right now and then.
 
@@ -44,8 +49,8 @@ def warm_start(
         examples: what demonstrations are drawn from.
         options: has seed, warm_start_steps, warm_start_batch_size, warm_start_learning_rate and
             warm_start_accuracy.
-        accuracy: of the model on examples that are not trained on; asked every five steps until
-            something is right, then after every one: from nothing to everything it is ten steps.
+        accuracy: of the model on examples that are not trained on.
+        every: steps between asking for it.
 
     Returns:
         A record of step, loss and accuracy for every time it was asked.
@@ -57,12 +62,12 @@ def warm_start(
         shown = demonstrations(tokenizer, batch, str(model.device))
         return -completion_logprobs(model, shown).sum() / shown.mask.sum()
 
-    records: list[dict[str, float]] = []
+    records = []
     fit = supervised_steps(
         model, batch_loss, options.warm_start_steps, options.warm_start_learning_rate
     )
     for step, loss in fit:
-        if step % 5 == 0 or (records and records[-1]["eval/accuracy"] > 0):
+        if step % every == 0:
             records.append({"step": step, "loss": loss, "eval/accuracy": accuracy()})
             if records[-1]["eval/accuracy"] >= options.warm_start_accuracy:
                 break

@@ -72,8 +72,8 @@ def test_demonstrations_are_the_answers(task, tokenizer):
 def test_the_warm_start_lowers_the_loss_and_ends_when_it_may(task, tokenizer, policy):
     options = RunConfig(warm_start_steps=30, warm_start_batch_size=32)
     reached = iter([0.0, 0.1, 0.2, 0.3])
-    records = warm_start(policy, tokenizer, task.splits(0).train, options, lambda: next(reached))
-    assert [r["step"] for r in records] == [5, 10, 11, 12]  # 0.3 is above 0.25
+    records = warm_start(policy, tokenizer, task.splits(0).train, options, lambda: next(reached), 5)
+    assert [r["step"] for r in records] == [5, 10, 15, 20]  # 0.3 is above 0.25
     assert records[-1]["loss"] < records[0]["loss"]
 
 
