@@ -20,7 +20,7 @@ TASK = "step"
 SHAPE = {"sequences": 2, "tokens": 256, "vocab": 151936, "width": 512, "layers": 4}
 QUICK_SHAPE = {"sequences": 2, "tokens": 32, "vocab": 4096, "width": 64, "layers": 2}
 #: A step takes seconds, and little of it is noise.
-PLAN = Plan(processes=2, rounds=3, seconds=6)
+PLAN = Plan(processes=2, rounds=3, seconds=4, least=2)
 # Of the gradient in the 2-norm, and of the loss. bf16 rounds activations, logits and gradients by
 # 2^-9, in some 10 products in a row: sqrt(10) * 2^-9 = 6e-3 where roundings are independent, which
 # those of a residual stream are not; and eager rounds log-probabilities near -12 by 1/32.

@@ -40,13 +40,20 @@ def _enter(package: str, above: types.ModuleType | None) -> types.ModuleType:
 def member(module: str, name: str) -> Any:
     """`name` of `module`, without the `__init__` of the packages above it.
 
-    Only for a process of its own, as every contestant has: the packages stay half entered.
+    Only for a process of its own, as every case has: the outermost package stays entered.
     """
-    above = None
     parts = module.split(".")
-    for depth in range(1, len(parts)):
-        above = _enter(".".join(parts[:depth]), above)
-    return getattr(importlib.import_module(module), name)
+    packages = [".".join(parts[:depth]) for depth in range(1, len(parts))]
+    before, above = set(sys.modules), None
+    for package in packages:
+        above = _enter(package, above)
+    try:
+        return getattr(importlib.import_module(module), name)
+    finally:
+        # Another module of the project may need what the entered packages' own code defines.
+        for imported in set(sys.modules) - before:
+            if imported.startswith(parts[0] + "."):
+                del sys.modules[imported]
 
 
 def gpu_only(what: str) -> Callable[[], Any]:
