@@ -126,6 +126,10 @@ def checked_arguments(
     flags = _checks.optional_mask(mask, rows, of)
     _checks.one_of(divergence, reference.DIVERGENCES, "divergence")
     share = _checks.number(beta, "beta", minimum=BETA, maximum=1 - BETA)
+    if divergence != "js" and share != 0.5:
+        raise ValueError(
+            f"beta: expected its default, which {divergence!r} does not look at, got {beta}"
+        )
     number, per_token = _checks.token_temperature(temperature, rows, of)
     cap = None if softcap is None else _checks.positive_number(softcap, "softcap")
     _checks.check_temperature_values(per_token, flags)

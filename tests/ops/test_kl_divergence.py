@@ -262,7 +262,7 @@ def test_gradcheck(kind):
 
     def function(x):
         return rlkern.kl_divergence(
-            x, ref, divergence=kind, beta=0.3, temperature=0.8, softcap=4.0, mask=mask
+            x, ref, divergence=kind, temperature=0.8, softcap=4.0, mask=mask
         )
 
     assert torch.autograd.gradcheck(function, (logits,))
@@ -338,6 +338,7 @@ REFUSED = [
     ({"divergence": "kll"}, ValueError, "divergence: expected one of kl.* did you mean 'kl'"),
     ({"divergence": 1}, TypeError, "divergence: expected a str, got int"),
     ({"beta": 1.0}, ValueError, "beta: expected a finite number of at least 0.001 and at most 0.9"),
+    ({"beta": 0.3}, ValueError, "beta: expected its default, which 'kl' does not look at, got 0.3"),
     ({"beta": 1e-4}, ValueError, "beta: expected a finite number of at least 0.001"),
     ({"temperature": 0.0}, ValueError, "temperature: expected a positive"),
     ({"temperature": -X[..., 0] - 1}, ValueError, r"temperature: expected positive finite values"),
