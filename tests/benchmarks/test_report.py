@@ -194,7 +194,7 @@ class TestReadme:
 
 def test_make_bench_measures_and_writes():
     run = subprocess.run(
-        ["make", "--dry-run", "--always-make", "bench", "ARGS=--quick"],
+        ["make", "--no-print-directory", "--dry-run", "--always-make", "bench", "ARGS=--quick"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     commands = [line.split("/")[-1] for line in run.stdout.splitlines()]
