@@ -258,11 +258,11 @@ def _train(config: GRPOConfig) -> dict[str, float]:
             if step % config.eval_every == 0 or step == config.steps:
                 metrics[setting.eval_name] = score(setting.validation)
             run.record(step, metrics)
+        run.save_model(policy, setting.tokenizer)  # the evaluation may fail
+        after = score(setting.held_out)
 
-    before, after = run.facts["accuracy_before"], score(setting.held_out)
-    result = run.finish(
-        policy, setting.tokenizer, {"accuracy_before": before, "accuracy_after": after}
-    )
+    before = run.facts["accuracy_before"]
+    result = run.finish({"accuracy_before": before, "accuracy_after": after})
     print(
         f"greedy {setting.eval_name.removeprefix('eval/')} on {len(setting.held_out)} held-out "
         f"problems: {before:.3f} before, {after:.3f} after GRPO ({result['seconds']:.0f} s on "

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlkern_loops import checkpoint
 from rlkern_loops.data import Example
-from rlkern_loops.errors import CheckpointError, RunError
+from rlkern_loops.errors import CheckpointError, RunError, shorten
 from rlkern_loops.log import RunLog
 from rlkern_loops.options import FIXED, RunConfig, changed
 from rlkern_loops.rollout import Completions
@@ -28,7 +28,7 @@ class Run:
     """Where a run stands, and what it leaves on disk.
 
     In the order of use: `Run(config)`, `start` with everything that has a state, `steps`, `record`
-    after each, `finish`.
+    after each, `save_model`, `finish`.
 
     Attributes:
         device: "cpu" or a GPU's name.
@@ -50,9 +50,9 @@ class Run:
         if config.resume:
             self._found = checkpoint.resume(config.output_dir, config.resume)
             if self._found is not None:
-                self._compare(self._found[1]["config"])
-        elif moved := checkpoint.set_aside(config.output_dir):
-            print(f"the checkpoints of an earlier run are in {moved} now")
+                self._compare(*self._found)
+            elif earlier := checkpoint.previous(config.output_dir):
+                print(f"no checkpoint to go on from, a new run starts; an earlier one's: {earlier}")
         self.resumed = self._found is not None
 
     def start(self, **parts: Any) -> None:
@@ -75,15 +75,21 @@ class Run:
                 for name, part in parts.items():
                     part.load_state_dict(state["parts"][name])
             except (KeyError, ValueError, RuntimeError) as error:
+                reason = shorten(" ".join(str(error).split()))  # torch lists every weight
                 raise CheckpointError(
-                    f"the checkpoint of step {self._saved} is of another loop or model: its {name} "
-                    f"does not fit: {error}"
+                    f"the checkpoint of step {self._saved} is of another model: its {name} does "
+                    f"not fit: {reason}"
                 ) from error
             self.facts = state["facts"]
             self._clock -= self.facts.pop("seconds")
             checkpoint.set_rng_state(state["rng"])
             self._found = None  # its tensors are as large as the run's
             print(f"going on after step {self._saved}")
+            if self._saved > self.config.steps:
+                print(f"steps: that is more than {self.config.steps}, nothing is left to train")
+        elif moved := checkpoint.set_aside(self.config.output_dir):
+            # Not before: a start that fails over a model or a reward leaves the earlier run alone.
+            print(f"the checkpoints of an earlier run are in {moved} now")
         self._mark(self._saved)
         self.log = RunLog(
             self.config.output_dir, self.config, report_to=self.config.report_to,
@@ -91,8 +97,15 @@ class Run:
             print_every=self.config.print_every,
         )  # fmt: skip
 
-    def _compare(self, before: dict[str, Any]) -> None:
+    def _compare(self, step: int, state: dict[str, Any]) -> None:
         """Says which options are others than the checkpoint's, and refuses what cannot be."""
+        ours, theirs = type(self.config).__name__, state.get("loop")
+        if theirs not in (None, ours):
+            raise CheckpointError(
+                f"the checkpoint of step {step} is of another loop: expected one with the options "
+                f"of {ours}, got {theirs}'s; choose another output_dir, or start a new run"
+            )
+        before = state["config"]
         names = changed(self.config, before)
         for name in names:
             if name in FIXED:
@@ -109,7 +122,8 @@ class Run:
 
     @contextlib.contextmanager
     def rescued(self) -> Iterator[None]:
-        """Around the steps: an error in one leaves a checkpoint to go on from.
+        """Around the steps and the last evaluation: an error leaves a checkpoint to go on from,
+        with save_every 0 too.
 
         It holds the weights as they are, which a loss that was not finite did not change, with the
         random generators and the place in the data of the step's beginning: the step is repeated.
@@ -119,7 +133,7 @@ class Run:
         except CheckpointError:
             raise
         except RunError as error:
-            if not self.config.save_every or not self.done:
+            if not self.done:
                 raise
             if self._saved != self.done:
                 self._save()
@@ -158,25 +172,25 @@ class Run:
     def _save(self) -> None:
         parts = {name: self._light.get(name) or p.state_dict() for name, p in self.parts.items()}
         state = {
+            "loop": type(self.config).__name__,
             "config": dataclasses.asdict(self.config), "rng": self._rng, "parts": parts,
             "facts": self.facts | {"seconds": time.perf_counter() - self._clock},
         }  # fmt: skip
         checkpoint.save(self.config.output_dir, self.done, state, keep=self.config.keep_checkpoints)
         self._saved = self.done
 
-    def finish(self, model: Any, tokenizer: Any, result: dict[str, float]) -> dict[str, float]:
-        """Saves the model in transformers' format under output_dir/model, and ends the log.
-
-        Returns:
-            The result, with the seconds that the whole run took.
-        """
-        result = result | {"seconds": time.perf_counter() - self._clock}
+    def save_model(self, model: Any, tokenizer: Any) -> None:
+        """Saves the model in transformers' format under output_dir/model."""
         folder = Path(self.config.output_dir) / "model"
         try:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         except (OSError, SafetensorError) as error:
             raise RunError(f"cannot save the model to {folder}: {error}") from error
+
+    def finish(self, result: dict[str, float]) -> dict[str, float]:
+        """Ends the log; the result, with the seconds that the whole run took."""
+        result = result | {"seconds": time.perf_counter() - self._clock}
         self.log.write({"phase": "result", **result})
         self.log.close()
         return result

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from rlkern_loops import checkpoint, grpo, ppo
-from rlkern_loops.errors import CheckpointError, RewardError
+from rlkern_loops.errors import CheckpointError, RewardError, RunError
 from rlkern_loops.grpo import GRPOConfig
 from rlkern_loops.learn import NonFiniteLoss
 from rlkern_loops.ppo import PPOConfig
+from transformers import AutoModelForCausalLM
 
 LOOPS = {"grpo": (GRPOConfig, grpo.train), "ppo": (PPOConfig, ppo.train)}
 
@@ -135,8 +136,8 @@ def test_options_that_changed_are_named(short, capsys):
 @pytest.mark.parametrize(
     "train,options,named",
     [
-        (ppo.train, {}, "^task: the checkpoint was written with 'addition', got 'reversal'"),
-        (ppo.train, {"task": "addition"}, "^critic: the checkpoint was written with None"),
+        (ppo.train, {"task": "addition"}, "another loop: .* options of PPOConfig, got GRPOConfig"),
+        (grpo.train, {"task": "reversal"}, "^task: .* with 'addition', got 'reversal'"),
         (grpo.train, {"num_layers": 1}, "^num_layers: .* with 2, got 1"),
         (grpo.train, {"seed": 2}, "^seed: .* with 1, got 2"),
     ],
@@ -154,5 +155,49 @@ def test_a_model_that_was_replaced_is_refused(short, folders):
     place = Path(short["output_dir"]) / "warm_start"
     shutil.rmtree(place)
     shutil.copytree(folders["llama"], place)
-    with pytest.raises(CheckpointError, match="another loop or model: its policy does not fit"):
+    with pytest.raises(CheckpointError, match="another model: its policy does not fit") as refused:
         grpo.train(GRPOConfig(**options | {"resume": "auto", "steps": 2}))
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
+
+
+def test_a_start_that_fails_leaves_the_earlier_run(short, capsys):
+    options = short | {"save_every": 1, "steps": 1}
+    grpo.train(GRPOConfig(**options))
+    folder = Path(short["output_dir"])
+    log = (folder / "metrics.jsonl").read_bytes()
+    for slip in ({"reward": "numerci"}, {"model": str(folder / "nowhere")}):
+        with pytest.raises(RunError):
+            grpo.train(GRPOConfig(**options | slip))
+        assert checkpoint.latest(folder) and not checkpoint.previous(folder)
+        assert (folder / "metrics.jsonl").read_bytes() == log
+    # Where the newest are gone, a restart says where the others are.
+    checkpoint.set_aside(folder)
+    capsys.readouterr()
+    grpo.train(GRPOConfig(**options | {"resume": "auto"}))
+    assert "a new run starts; an earlier one's: " in capsys.readouterr().out
+
+
+def test_fewer_steps_than_the_checkpoint_has_are_told(short, capsys):
+    grpo.train(GRPOConfig(**short | {"save_every": 1, "steps": 2}))
+    capsys.readouterr()
+    grpo.train(GRPOConfig(**short | {"resume": "auto", "steps": 1}))
+    assert "after step 2\nsteps: that is more than 1, nothing is left" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("loop", ["grpo", "ppo"])
+def test_a_failure_in_the_last_evaluation_loses_nothing(short, tmp_path, monkeypatch, loop):
+    (tmp_path / f"picky_{loop}.py").write_text(
+        "calls = 0\n\n\ndef judge(completions):\n"
+        "    global calls\n    calls += 1\n"
+        "    assert calls != 3, 'not today'\n    return [1.0] * len(completions)\n"
+    )  # the calls: at the start, after the last step, and of the result
+    monkeypatch.syspath_prepend(tmp_path)
+    config_class, train = LOOPS[loop]
+    options = short | {
+        "steps": 1, "save_every": 0, "reward": "rlkern_loops.tasks:solved",
+        "eval_reward": f"picky_{loop}:judge",
+    }  # fmt: skip
+    with pytest.raises(RewardError, match="not today.*--resume auto goes on after step 1"):
+        train(config_class(**options))
+    AutoModelForCausalLM.from_pretrained(Path(short["output_dir"]) / "model")
+    train(config_class(**options, resume="auto"))
