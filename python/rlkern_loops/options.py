@@ -112,7 +112,9 @@ class RunConfig:
     kl_coef: float | None = option(
         None, "Over the preset's: weight of the KL to the model at the start; 0 leaves it out."
     )
-    kl_estimator: str | None = option(None, "Over the preset's: k1, k2, k3, abs or a _st form.")
+    kl_estimator: str | None = option(
+        None, "Over the preset's: k1, k2, k3, abs, a _st form, or exact: over the whole vocabulary."
+    )
     entropy_coef: float | None = option(None, "Over the preset's: weight of the entropy bonus.")
     aggregation: str | None = option(
         None, "Over the preset's: how tokens are averaged (docs/losses.md)."

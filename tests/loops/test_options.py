@@ -55,6 +55,7 @@ def test_contradictions_are_named(name, options):
         ("gamma", 1.5), ("lam", -0.1), ("value_coef", 0.0), ("value_clip", -1.0),
         ("reward_clip", 0.0), ("target_kl", 0.0), ("kl_horizon", 0), ("missing_eos_penalty", -1.0),
         ("critic_learning_rate", 0.0), ("kl_estimator", "k3_st"),
+        ("kl_estimator", "exact"), ("kl_estimator", "k9"),
     ],
 )  # fmt: skip
 def test_bad_options_of_ppo_are_named(name, value):
