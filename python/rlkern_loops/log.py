@@ -34,6 +34,7 @@ _COLUMNS = (
     ("losses/entropy", "entropy", ".3f"),
     ("losses/clipfrac", "clipfrac", ".3f"),
     ("rollout/length", "length", ".1f"),
+    ("rollout/finished", "finished", ".3f"),
     ("charts/learning_rate", "lr", ".1e"),
 )
 _WIDTH = 10

@@ -281,6 +281,8 @@ def check_device(name: str) -> None:
 
 def check_folder(name: str) -> None:
     """Raises ValueError for a folder that cannot be made because a file is in the way."""
+    if not name.strip():
+        raise ValueError(f"output_dir: expected a folder, got {name!r}")
     folder = Path(name)
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():

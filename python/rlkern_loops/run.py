@@ -45,6 +45,7 @@ class Run:
         if not sys.stderr.isatty():
             transformers_logging.disable_progress_bar()
         self.facts: dict[str, float] = {}
+        self._warned: set[str] = set()
         self._clock = time.perf_counter()
         self._found = None
         if config.resume:
@@ -146,6 +147,7 @@ class Run:
         """Logs a step that is done, and saves a checkpoint where one is due."""
         self._mark(step)
         self.log.step(step, metrics)
+        self._warn_of_silence(metrics)
         every = self.config.save_every
         if every and (step % every == 0 or step == self.config.steps):
             self._save()
@@ -158,6 +160,22 @@ class Run:
         if every and step % every == 0:
             prompts = [example.prompt for example in examples]
             self.log.samples(step, prompts, written.texts(tokenizer), rewards.tolist())
+
+    def _warn_of_silence(self, metrics: dict[str, float]) -> None:
+        """Says once of each cause why no reward is learned from: the run goes on, as the next
+        step may have one."""
+        found = []
+        if metrics["rollout/no_verdict"] == 1:
+            reward = repr(self.config.reward) if self.config.reward else "the task's reward"
+            found.append(f"{reward} gave none of the completions a number (None or NaN)")
+        if self.config.mask_truncated and metrics["rollout/finished"] == 0:
+            found.append(
+                "max_new_tokens cut all completions off, and mask_truncated leaves them out"
+            )
+        for cause in found:
+            if cause not in self._warned:
+                self._warned.add(cause)
+                self.log.print(f"warning: step {self.done} learned from no reward: {cause}")
 
     def _mark(self, step: int) -> None:
         """Notes that a step is done, and what changes before the next one's weights do: the random

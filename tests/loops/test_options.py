@@ -23,6 +23,7 @@ from rlkern import PolicyLoss
         ("seed", 10**19), ("seed", -1), ("kl_coef", math.inf), ("entropy_coef", math.inf),
         ("warm_start_accuracy", math.nan), ("warm_start_accuracy", 2.0), ("top_p", 1.1),
         ("warm_start_accuracy", -1.0), ("temperature", 1e-45), ("output_dir", __file__),
+        ("output_dir", ""),
         ("output_dir", f"{__file__}/run"), ("max_new_tokens", 0), ("dynamic_sampling", -1),
         ("final_learning_rate", 1.5), ("micro_batch_size", -1), ("keep_checkpoints", 0),
         ("eval_dataset", "x"), ("limit", 5), ("attention", "flash"), ("system_prompt", "be kind"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rlkern_loops import checkpoint, grpo, ppo
+from rlkern_loops import checkpoint, grpo, learn, ppo
 from rlkern_loops.errors import CheckpointError, RewardError, RunError
 from rlkern_loops.grpo import GRPOConfig
 from rlkern_loops.learn import NonFiniteLoss
@@ -89,6 +90,16 @@ def test_a_loss_that_is_no_number_changes_nothing(short, records, monkeypatch, l
     monkeypatch.setattr(module, "update", update)
     train(config_class(**options, resume="auto"))
     assert [r["step"] for r in records(short["output_dir"])] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("loss,cause", [(math.inf, "A reward, or a coeff"), (math.nan, "fp32")])
+def test_what_may_be_behind_a_loss_that_is_no_number(loss, cause):
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = torch.optim.AdamW([weight])
+    with pytest.raises(NonFiniteLoss, match=f"the loss is {loss} .* mini-batch. .*{cause}"):
+        learn.step(optimizer, loss, 1.0)
+    assert weight.tolist() == [1, 1] and weight.grad is None
 
 
 @pytest.mark.parametrize("loop", ["grpo", "ppo"])
@@ -201,3 +212,20 @@ def test_a_failure_in_the_last_evaluation_loses_nothing(short, tmp_path, monkeyp
         train(config_class(**options))
     AutoModelForCausalLM.from_pretrained(Path(short["output_dir"]) / "model")
     train(config_class(**options, resume="auto"))
+
+
+@pytest.mark.parametrize("loop", ["grpo", "ppo"])
+def test_rounds_that_teach_nothing_are_warned_of_once(short, tmp_path, monkeypatch, capsys, loop):
+    (tmp_path / f"mute_{loop}.py").write_text(
+        "def judge(completions):\n    return [None] * len(completions)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config_class, train = LOOPS[loop]
+    cut = {"mask_truncated": True, "max_new_tokens": 1, "warm_start_steps": 0, "steps": 2}
+    # An untrained model ends a completion at once now and then; with no end token it cannot.
+    monkeypatch.setattr("rlkern_loops.rollout.end_tokens", lambda model, tokenizer: [])
+    train(config_class(**short | cut | {"reward": f"mute_{loop}:judge"}))
+    said = capsys.readouterr().out
+    assert said.count("warning: ") == 2 and said.count("warning: step 1 learned from no") == 2
+    assert f"'mute_{loop}:judge' gave none of the completions a number" in said
+    assert "max_new_tokens cut all completions off" in said
