@@ -198,7 +198,7 @@ class RunLog:
         for tracker in self._trackers:
             tracker.close()
         try:
-            plot_curves(self.records, self.folder / "curves.png")
+            plot_curves(self.records, self.folder / "curves.png", self.folder.resolve().name)
         except OSError as error:
             raise LogError(
                 f"cannot write {self.folder / 'curves.png'}: {error.strerror}"

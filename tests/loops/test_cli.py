@@ -236,10 +236,10 @@ def test_the_commands_of_the_documentation_parse(tmp_path, monkeypatch):
     monkeypatch.setattr(trackers, "check_installed", lambda names: None)
     (text,) = blocks("yaml")
     (tmp_path / "run.yaml").write_text(text)
-    commands = [line for block in blocks("sh") for line in block.splitlines()]
+    commands = [line for block in blocks("sh") for line in block.replace("\\\n", "").splitlines()]
     trained = [line for line in commands if line.startswith("rlkern train ")]
     for line in trained:
-        _, _, loop, *arguments = shlex.split(line)
+        _, _, loop, *arguments = shlex.split(line, comments=True)
         module, name = cli.LOOPS[loop]
         config = getattr(importlib.import_module(module), name)
         assert cli.parse_config(config, arguments, line)
