@@ -213,6 +213,7 @@ def _train(config: GRPOConfig) -> dict[str, float]:
     if not run.resumed:
         run.facts["accuracy_before"] = score(setting.held_out)
         print(f"at the start: {setting.eval_name} {run.facts['accuracy_before']:.3f}, held out")
+    run.open_log()
     with run.rescued():
         for step in run.steps():
             rate = learn.set_learning_rates(optimizer, (config.learning_rate,), step, config)

@@ -46,8 +46,6 @@ LOGGED = {
     "losses/value_clipfrac": "value_clip_frac",
     "losses/explained_variance": "explained_variance",
 }
-# Estimators that are a value of one token.
-IN_REWARD = ("k1", "k2", "k3", "abs")
 
 
 @dataclass(frozen=True)
@@ -111,10 +109,10 @@ class PPOConfig(RunConfig):
             raise ValueError("target_kl: expected None, as kl_coef is 0")
         if self.critic == "shared" and self.critic_model is not None:
             raise ValueError("critic_model: expected None with a shared critic")
-        if self.kl_in == "reward" and self.kl_estimator not in (None, *IN_REWARD):
+        if self.kl_in == "reward" and self.kl_estimator not in (None, "k1", "k2", "k3", "abs"):
             raise ValueError(
-                f"kl_estimator: expected {', '.join(IN_REWARD)} with kl_in reward, which has no "
-                f"gradient and no logits, got {self.kl_estimator!r}"
+                "kl_estimator: expected k1, k2, k3 or abs with kl_in reward, which has neither a "
+                f"gradient nor logits, got {self.kl_estimator!r}"
             )
 
     def overrides(self) -> dict[str, Any]:
@@ -281,6 +279,7 @@ def _train(config: PPOConfig) -> dict[str, float]:
     if not run.resumed:
         run.facts["accuracy_before"] = score(setting.held_out)
         print(f"at the start: {setting.eval_name} {run.facts['accuracy_before']:.3f}, held out")
+    run.open_log()
     with run.rescued():
         for step in run.steps():
             rate = learn.set_learning_rates(optimizer, peaks, step, config)

@@ -27,8 +27,8 @@ from rlkern_loops.rollout import Completions
 class Run:
     """Where a run stands, and what it leaves on disk.
 
-    In the order of use: `Run(config)`, `start` with everything that has a state, `steps`, `record`
-    after each, `save_model`, `finish`.
+    In the order of use: `Run(config)`, `start` with everything that has a state, `open_log`,
+    `steps`, `record` after each, `save_model`, `finish`.
 
     Attributes:
         device: "cpu" or a GPU's name.
@@ -57,13 +57,13 @@ class Run:
         self.resumed = self._found is not None
 
     def start(self, **parts: Any) -> None:
-        """Seeds every generator, takes the parts back to the checkpoint's state, opens the log.
+        """Seeds every generator, takes the parts back to the checkpoint's state.
 
         Args:
             **parts: what has state_dict() and load_state_dict(): models, optimizers, the sampler.
 
         Raises:
-            RunError: the checkpoint is of another loop, model or data; the log cannot be written.
+            RunError: the checkpoint is of another loop, model or data.
         """
         self.parts = parts
         self._saved = 0
@@ -88,10 +88,17 @@ class Run:
             print(f"going on after step {self._saved}")
             if self._saved > self.config.steps:
                 print(f"steps: that is more than {self.config.steps}, nothing is left to train")
-        elif moved := checkpoint.set_aside(self.config.output_dir):
-            # Not before: a start that fails over a model or a reward leaves the earlier run alone.
-            print(f"the checkpoints of an earlier run are in {moved} now")
         self._mark(self._saved)
+
+    def open_log(self) -> None:
+        """Opens the log, in the place of an earlier run's, whose checkpoints it sets aside.
+
+        Once all is loaded and the first evaluation is done: a start that fails over a model, the
+        data or a reward leaves the earlier run alone.
+        """
+        if not self.config.resume:
+            if moved := checkpoint.set_aside(self.config.output_dir):
+                print(f"the checkpoints of an earlier run are in {moved} now")
         self.log = RunLog(
             self.config.output_dir, self.config, report_to=self.config.report_to,
             resumed_step=self.done if self.resumed else None, total_steps=self.config.steps,

@@ -176,7 +176,8 @@ def test_a_start_that_fails_leaves_the_earlier_run(short, capsys):
     grpo.train(GRPOConfig(**options))
     folder = Path(short["output_dir"])
     log = (folder / "metrics.jsonl").read_bytes()
-    for slip in ({"reward": "numerci"}, {"model": str(folder / "nowhere")}):
+    raising = {"eval_reward": "multiple_choice"}  # at the first answer that is no letter
+    for slip in ({"reward": "numerci"}, {"model": str(folder / "nowhere")}, raising):
         with pytest.raises(RunError):
             grpo.train(GRPOConfig(**options | slip))
         assert checkpoint.latest(folder) and not checkpoint.previous(folder)
