@@ -110,7 +110,7 @@ def step(optimizer: torch.optim.Optimizer, loss: float, max_grad_norm: float) ->
         cause = (
             "A reward, or a coefficient such as kl_coef, may be too large"
             if any(map(math.isinf, (loss, *norms)))
-            else "A smaller learning_rate, or precision fp32, may help"
+            else "A smaller learning_rate, reward or coefficient may help, or fp32 instead of bf16"
         )
         raise NonFiniteLoss(
             f"the loss is {loss} and its gradient's norm {', '.join(map(str, norms))}: the weights "
