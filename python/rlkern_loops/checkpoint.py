@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import random
 import re
-import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -24,11 +23,12 @@ from rlkern_loops.errors import CheckpointError
 # Marks our files: a file that another program saved with torch is refused.
 _FORMAT = "rlkern-1"
 _NAME = re.compile(r"step-(\d+)\.pt")
+_PREVIOUS = "checkpoints.previous"
 
 
-def _places(folder: str | Path, name: str = "checkpoints") -> list[tuple[int, Path]]:
+def _places(folder: str | Path) -> list[tuple[int, Path]]:
     """The checkpoints of a run, by step."""
-    found = (Path(folder) / name).glob("step-*.pt")
+    found = (Path(folder) / "checkpoints").glob("step-*.pt")
     return sorted((int(m[1]), path) for path in found if (m := _NAME.fullmatch(path.name)))
 
 
@@ -151,7 +151,7 @@ def resume(folder: str | Path, which: str) -> tuple[int, dict[str, Any]] | None:
     Args:
         folder: the run's folder.
         which: a checkpoint's path, or "auto" for the newest whole one in `folder`; one that does
-            not load is passed over with a warning.
+            not load is passed over, which is printed.
 
     Returns:
         None where "auto" finds no checkpoint: the run starts anew.
@@ -173,31 +173,40 @@ def resume(folder: str | Path, which: str) -> tuple[int, dict[str, Any]] | None:
         except CheckpointError as error:
             if path == places[0][1]:
                 raise CheckpointError(f"{error}; no older one is left in {path.parent}") from error
-            warnings.warn(f"{error}; going on from the one before", RuntimeWarning, stacklevel=2)
+            print(f"warning: {error}; going on from the one before")
     return None
 
 
 def set_aside(folder: str | Path) -> Path | None:
     """Moves the checkpoints of an earlier run out of the way of a new one in the same folder.
 
-    Without this a later "auto" would go on from the earlier run. They go to
-    `checkpoints.previous`, in place of what is there; returns it, None if there were none.
+    Without this a later "auto" would go on from the earlier run. The folder becomes
+    `checkpoints.previous`, or `checkpoints.previous-2` and so on where there is one already;
+    returns it, None if there were no checkpoints.
     """
-    places = _places(folder)
-    if not places:
+    if not _places(folder):
         return None
-    previous = Path(folder) / "checkpoints.previous"
+    last = previous(folder)
+    target = Path(folder) / (f"{_PREVIOUS}-{_number(last) + 1}" if last else _PREVIOUS)
     try:
-        previous.mkdir(exist_ok=True)
-        for _, old in _places(folder, previous.name):
-            old.unlink()
-        for _, path in places:
-            path.replace(previous / path.name)
+        (Path(folder) / "checkpoints").rename(target)
     except OSError as error:
         raise CheckpointError(
-            f"cannot move earlier checkpoints to {previous}: {error.strerror}"
+            f"cannot move earlier checkpoints to {target}: {error.strerror}"
         ) from error
-    return previous
+    return target
+
+
+def previous(folder: str | Path) -> Path | None:
+    """The last folder that `set_aside` made; None without one."""
+    found = [path for path in Path(folder).glob(f"{_PREVIOUS}*") if _number(path)]
+    return max(found, key=_number, default=None)
+
+
+def _number(path: Path) -> int:
+    """Which folder of `set_aside` it is, from 1; 0: none."""
+    match = re.fullmatch(re.escape(_PREVIOUS) + r"(?:-(\d+))?", path.name)
+    return int(match[1] or 1) if match else 0
 
 
 def rng_state() -> dict[str, Any]:

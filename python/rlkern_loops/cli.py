@@ -47,7 +47,7 @@ def parse_config(config_class: Any, arguments: Sequence[str], prog: str) -> Any:
     try:
         file = first.parse_known_args(arguments)[0].config
         if file is not None:
-            for name, value in _read_yaml(file, options).items():
+            for name, value in _read_yaml(file, options, config_class).items():
                 options[name].required = False
                 parser.set_defaults(**{name: value})
         namespace, unknown = parser.parse_known_args(arguments)
@@ -55,7 +55,7 @@ def parse_config(config_class: Any, arguments: Sequence[str], prog: str) -> Any:
         spelling = str(error.argument_name).rpartition("/")[2]
         raise UsageError(f"{spelling}: {error.message}") from error
     if unknown:
-        raise UsageError(_unknown(unknown[0], options))
+        raise UsageError(_unknown(unknown[0], options, config_class))
     values = {key: value for key, value in vars(namespace).items() if key != "config"}
     try:
         return config_class(**values)
@@ -100,17 +100,27 @@ def _kind(action: argparse.Action) -> str:
     return {"string_to_bool": "bool", "str": "text"}.get(name, name)
 
 
-def _unknown(argument: str, options: Iterable[str]) -> str:
+def _unknown(argument: str, options: Iterable[str], config_class: Any) -> str:
     """What to say of an argument that no option took."""
     spelling = argument.partition("=")[0]
     if not spelling.startswith("-"):
         return f"unexpected argument {argument!r}"
     known = ["--" + name.replace("_", "-") for name in options]
-    near = did_you_mean("--" + spelling.lstrip("-").replace("_", "-"), known)
-    return f"unknown option {spelling!r}{near}"
+    name = spelling.lstrip("-").replace("-", "_")
+    hint = _whose(name, config_class) or did_you_mean("--" + name.replace("_", "-"), known)
+    return f"unknown option {spelling!r}{hint}"
 
 
-def _read_yaml(file: str, options: dict[str, argparse.Action]) -> dict[str, Any]:
+def _whose(name: str, config_class: Any) -> str:
+    """' (an option of ...)' for an option that another loop has, else ''."""
+    for loop, (module_name, config_name) in LOOPS.items():
+        other = getattr(importlib.import_module(module_name), config_name)
+        if other is not config_class and name in other.__dataclass_fields__:
+            return f" (an option of {loop})"
+    return ""
+
+
+def _read_yaml(file: str, options: dict[str, argparse.Action], config_class: Any) -> dict[str, Any]:
     import yaml
 
     try:
@@ -126,8 +136,12 @@ def _read_yaml(file: str, options: dict[str, argparse.Action]) -> dict[str, Any]
     values = {}
     for key, value in found.items():
         name = str(key).replace("-", "_")
-        if name not in options or name == "config":
-            raise UsageError(f"{file}: unknown option {key!r}{did_you_mean(name, options)}")
+        if name == "config":
+            raise UsageError(f"{file}: config: expected on the command line alone, got {value!r}")
+        if name not in options:
+            hint = _whose(name, config_class) or did_you_mean(name, options)
+            nested = "; options stand side by side, in no group" if isinstance(value, dict) else ""
+            raise UsageError(f"{file}: unknown option {key!r}{hint}{nested}")
         values[name] = _convert(options[name], value, f"{file}: {key}")
     return values
 
@@ -155,9 +169,8 @@ def _convert_one(action: argparse.Action, value: Any, where: str) -> Any:
             raise ValueError
         converted = kind(str(value))
     except (ValueError, TypeError, argparse.ArgumentTypeError):
-        raise UsageError(
-            f"{where}: expected {_kind(action)}, got {type(value).__name__} {value!r}"
-        ) from None
+        kind_found = "a mapping" if isinstance(value, dict) else type(value).__name__
+        raise UsageError(f"{where}: expected {_kind(action)}, got {kind_found} {value!r}") from None
     if action.choices and converted not in action.choices:
         raise UsageError(f"{where}: expected {_kind(action)}, got {value!r}")
     return converted
@@ -202,9 +215,20 @@ def _info(as_json: bool) -> int:
     return 0
 
 
+class _Version(argparse.Action):
+    """argparse's own wants the version before it is asked for; torch comes with it."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> NoReturn:
+        import rlkern
+
+        print(f"rlkern {rlkern.__version__}")
+        parser.exit()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="rlkern", description="Training loops on rlkern.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print rlkern's version")
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train a model")
     loops = train.add_subparsers(dest="loop", required=True)

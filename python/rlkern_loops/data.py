@@ -197,8 +197,8 @@ def hold_out(
     train = [example for example in rest if example.prompt not in asked]
     if count < 0 or not train:
         raise DataError(
-            f"held out: expected fewer than the {len(examples)} examples there are, and others to "
-            f"train on, got {count}"
+            f"eval_size: expected fewer than the {len(examples)} examples there are, and others "
+            f"to train on, got {count}"
         )
     return train, held_out
 

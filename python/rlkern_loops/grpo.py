@@ -23,7 +23,7 @@ from rlkern_loops import learn, model
 from rlkern_loops.data import Example, Sampler
 from rlkern_loops.options import RunConfig, option
 from rlkern_loops.prepare import Setting, prepare
-from rlkern_loops.rollout import Completions, completion_hidden, join, logprobs_of
+from rlkern_loops.rollout import Completions, completion_hidden, exact_reference, join, logprobs_of
 from rlkern_loops.run import Run
 
 # cleanrl's names for the metrics of the loss.
@@ -76,7 +76,7 @@ class Round(NamedTuple):
         advantages: [B] fp32.
         old_logprobs: [B, T] fp32 of the policy that wrote them; None where it is the one that
             learns, in a single step.
-        ref_logprobs: [B, T] fp32 of the policy at the start; None without a KL.
+        ref_logprobs: [B, T] fp32 of the policy at the start; None without a KL, or an exact one.
     """
 
     completions: Completions
@@ -153,9 +153,12 @@ def advantages_of(
 
 
 def update(
-    policy, optimizer, batch: Round, max_new_tokens: int, config: GRPOConfig
+    policy, optimizer, batch: Round, max_new_tokens: int, config: GRPOConfig, reference=None
 ) -> tuple[Metrics, float]:
-    """One optimizer step on a mini-batch: the metrics of its loss, and the norm of its gradient."""
+    """One optimizer step on a mini-batch: the metrics of its loss, and the norm of its gradient.
+
+    The reference is needed for an exact KL alone; others take the round's ref_logprobs.
+    """
     objective = config.objective()
     counts = learn.denominators(objective, batch.completions.mask, max_new_tokens)
 
@@ -167,6 +170,7 @@ def update(
                 advantages=part.advantages, temperature=config.temperature, entropy=True,
                 mask=part.completions.mask, old_logprobs=part.old_logprobs,
                 ref_logprobs=part.ref_logprobs, **model.head(policy), **counts,
+                **exact_reference(objective, reference, part.completions),
             )  # fmt: skip
         return loss, [metrics]
 
@@ -209,6 +213,7 @@ def _train(config: GRPOConfig) -> dict[str, float]:
     if not run.resumed:
         run.facts["accuracy_before"] = score(setting.held_out)
         print(f"at the start: {setting.eval_name} {run.facts['accuracy_before']:.3f}, held out")
+    run.open_log()
     with run.rescued():
         for step in run.steps():
             rate = learn.set_learning_rates(optimizer, (config.learning_rate,), step, config)
@@ -238,7 +243,7 @@ def _train(config: GRPOConfig) -> dict[str, float]:
             old, ref = None, None
             if config.epochs * config.minibatches > 1:
                 old = logprobs_of(policy, completions, config)
-            if reference is not None:
+            if reference is not None and config.objective().kl_estimator != "exact":
                 ref = logprobs_of(reference, completions, config)
             batch = Round(completions, advantages, old, ref)
 
@@ -248,8 +253,9 @@ def _train(config: GRPOConfig) -> dict[str, float]:
                 order = torch.randperm(len(rewards), device=rewards.device)
                 for rows in order.chunk(config.minibatches):
                     loss_metrics, norm = update(
-                        policy, optimizer, batch.select(rows), setting.max_new_tokens, config
-                    )
+                        policy, optimizer, batch.select(rows), setting.max_new_tokens, config,
+                        reference,
+                    )  # fmt: skip
                     found.append(loss_metrics)
                     norms.append(norm)
             of_loss = sum(found).item_dict()
@@ -258,11 +264,11 @@ def _train(config: GRPOConfig) -> dict[str, float]:
             if step % config.eval_every == 0 or step == config.steps:
                 metrics[setting.eval_name] = score(setting.validation)
             run.record(step, metrics)
+        run.save_model(policy, setting.tokenizer)  # the evaluation may fail
+        after = score(setting.held_out)
 
-    before, after = run.facts["accuracy_before"], score(setting.held_out)
-    result = run.finish(
-        policy, setting.tokenizer, {"accuracy_before": before, "accuracy_after": after}
-    )
+    before = run.facts["accuracy_before"]
+    result = run.finish({"accuracy_before": before, "accuracy_after": after})
     print(
         f"greedy {setting.eval_name.removeprefix('eval/')} on {len(setting.held_out)} held-out "
         f"problems: {before:.3f} before, {after:.3f} after GRPO ({result['seconds']:.0f} s on "

@@ -106,10 +106,15 @@ def step(optimizer: torch.optim.Optimizer, loss: float, max_grad_norm: float) ->
     ]
     if not all(map(math.isfinite, (loss, *norms))):
         optimizer.zero_grad()
+        # A sum beyond fp32 is no rounding error: more digits would not help.
+        cause = (
+            "A reward, or a coefficient such as kl_coef, may be too large"
+            if any(map(math.isinf, (loss, *norms)))
+            else "A smaller learning_rate, reward or coefficient may help, or fp32 instead of bf16"
+        )
         raise NonFiniteLoss(
             f"the loss is {loss} and its gradient's norm {', '.join(map(str, norms))}: the weights "
-            "are as they were before this mini-batch. A smaller learning_rate, or precision fp32, "
-            "may help"
+            f"are as they were before this mini-batch. {cause}"
         )
     optimizer.step()
     optimizer.zero_grad()

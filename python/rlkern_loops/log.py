@@ -34,6 +34,7 @@ _COLUMNS = (
     ("losses/entropy", "entropy", ".3f"),
     ("losses/clipfrac", "clipfrac", ".3f"),
     ("rollout/length", "length", ".1f"),
+    ("rollout/finished", "finished", ".3f"),
     ("charts/learning_rate", "lr", ".1e"),
 )
 _WIDTH = 10
@@ -197,7 +198,7 @@ class RunLog:
         for tracker in self._trackers:
             tracker.close()
         try:
-            plot_curves(self.records, self.folder / "curves.png")
+            plot_curves(self.records, self.folder / "curves.png", self.folder.resolve().name)
         except OSError as error:
             raise LogError(
                 f"cannot write {self.folder / 'curves.png'}: {error.strerror}"

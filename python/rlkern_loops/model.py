@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -103,7 +104,7 @@ def _load(kind: Any, name: str, config: Any, device: str, frozen: bool) -> nn.Mo
                 attn_implementation=attention_name(config.attention, config.precision, device),
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(f"model: cannot load {name!r}: {error}") from error
     if missing := sorted(found["missing_keys"]):
         raise ModelError(

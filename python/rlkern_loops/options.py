@@ -112,7 +112,9 @@ class RunConfig:
     kl_coef: float | None = option(
         None, "Over the preset's: weight of the KL to the model at the start; 0 leaves it out."
     )
-    kl_estimator: str | None = option(None, "Over the preset's: k1, k2, k3, abs or a _st form.")
+    kl_estimator: str | None = option(
+        None, "Over the preset's: k1, k2, k3, abs, a _st form, or exact: over the whole vocabulary."
+    )
     entropy_coef: float | None = option(None, "Over the preset's: weight of the entropy bonus.")
     aggregation: str | None = option(
         None, "Over the preset's: how tokens are averaged (docs/losses.md)."
@@ -279,6 +281,8 @@ def check_device(name: str) -> None:
 
 def check_folder(name: str) -> None:
     """Raises ValueError for a folder that cannot be made because a file is in the way."""
+    if not name.strip():
+        raise ValueError(f"output_dir: expected a folder, got {name!r}")
     folder = Path(name)
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():

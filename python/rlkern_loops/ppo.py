@@ -30,6 +30,7 @@ from rlkern_loops.rollout import (
     Completions,
     completion_hidden,
     completion_logprobs,
+    exact_reference,
     in_batches,
     logprobs_of,
 )
@@ -64,8 +65,8 @@ class PPOConfig(RunConfig):
         0.05, "Weight of the KL to the policy at the start, at first; 0 leaves it out."
     )
     kl_estimator: str | None = option(
-        None, "k1, k2, k3, abs, or a _st form in the loss. Left out: k1 in the reward, k3 in the "
-        "loss."
+        None, "k1, k2, k3, abs; in the loss also a _st form or exact. Left out: k1 in the reward, "
+        "k3 in the loss."
     )  # fmt: skip
     kl_in: Literal["reward", "loss"] = option(
         "reward", "Whether the KL is taken off each token's reward, or added to the loss."
@@ -108,10 +109,10 @@ class PPOConfig(RunConfig):
             raise ValueError("target_kl: expected None, as kl_coef is 0")
         if self.critic == "shared" and self.critic_model is not None:
             raise ValueError("critic_model: expected None with a shared critic")
-        if self.kl_in == "reward" and (self.kl_estimator or "").endswith("_st"):
+        if self.kl_in == "reward" and self.kl_estimator not in (None, "k1", "k2", "k3", "abs"):
             raise ValueError(
-                "kl_estimator: expected one that is a value, as a reward has no gradient, got "
-                f"{self.kl_estimator!r}"
+                "kl_estimator: expected k1, k2, k3 or abs with kl_in reward, which has neither a "
+                f"gradient nor logits, got {self.kl_estimator!r}"
             )
 
     def overrides(self) -> dict[str, Any]:
@@ -190,7 +191,9 @@ def advantages_of(
     mask = completions.mask
     kl = torch.zeros_like(old)
     if ref is not None:
-        kl = kl_penalty(old, ref, estimator=config.kl_estimator or "k1", mask=mask)
+        # An exact KL needs all logits, which only the loss makes: k1 estimates the same.
+        estimator = "k1" if config.kl_estimator in (None, "exact") else config.kl_estimator
+        kl = kl_penalty(old, ref, estimator=estimator, mask=mask)
     in_reward = kl if config.kl_in == "reward" else None
     rewards = token_rewards(scores, in_reward, kl_coef, mask)
     several = mask.sum() > 1  # of one value, or none, there is no variance
@@ -204,10 +207,10 @@ def advantages_of(
 
 def update(
     policy, critic: Critic, optimizer, batch: Round, objective: PolicyLoss, max_new_tokens: int,
-    config: PPOConfig,
+    config: PPOConfig, reference=None,
 ) -> tuple[list[Metrics], list[float]]:  # fmt: skip
     """One optimizer step of policy and critic on a mini-batch: the metrics of their losses, and
-    the norms of their gradients."""
+    the norms of their gradients. The reference is needed for an exact KL in the loss alone."""
     value_loss = ValueLoss(clip=config.value_clip or None)
     mask = batch.completions.mask
     policy_counts = learn.denominators(objective, mask, max_new_tokens)
@@ -217,12 +220,13 @@ def update(
         part = batch.select(rows)
         with model.precision(config, policy.device.type):
             hidden = completion_hidden(policy, part.completions)
+            exact = exact_reference(objective, reference, part.completions)
             of_policy = objective.from_hidden(
                 hidden, token_ids=part.completions.ids, advantages=part.advantages,
                 temperature=config.temperature, entropy=True, mask=part.completions.mask,
                 old_logprobs=part.old_logprobs,
-                ref_logprobs=part.ref_logprobs if config.kl_in == "loss" else None,
-                **model.head(policy), **policy_counts,
+                ref_logprobs=part.ref_logprobs if config.kl_in == "loss" and not exact else None,
+                **model.head(policy), **policy_counts, **exact,
             )  # fmt: skip
             of_critic = value_loss(
                 critic(policy, part.completions, hidden), part.returns,
@@ -275,6 +279,7 @@ def _train(config: PPOConfig) -> dict[str, float]:
     if not run.resumed:
         run.facts["accuracy_before"] = score(setting.held_out)
         print(f"at the start: {setting.eval_name} {run.facts['accuracy_before']:.3f}, held out")
+    run.open_log()
     with run.rescued():
         for step in run.steps():
             rate = learn.set_learning_rates(optimizer, peaks, step, config)
@@ -315,7 +320,7 @@ def _train(config: PPOConfig) -> dict[str, float]:
                 for rows in order.chunk(config.minibatches):
                     of_both, norm = update(
                         policy, critic, optimizer, batch.select(rows), objective,
-                        setting.max_new_tokens, config,
+                        setting.max_new_tokens, config, reference,
                     )  # fmt: skip
                     found.append(of_both)
                     norms.append(norm)
@@ -331,11 +336,11 @@ def _train(config: PPOConfig) -> dict[str, float]:
             if step % config.eval_every == 0 or step == config.steps:
                 metrics[setting.eval_name] = score(setting.validation)
             run.record(step, metrics)
+        run.save_model(policy, setting.tokenizer)  # the evaluation may fail
+        after = score(setting.held_out)
 
-    before, after = run.facts["accuracy_before"], score(setting.held_out)
-    result = run.finish(
-        policy, setting.tokenizer, {"accuracy_before": before, "accuracy_after": after}
-    )
+    before = run.facts["accuracy_before"]
+    result = run.finish({"accuracy_before": before, "accuracy_after": after})
     print(
         f"greedy {setting.eval_name.removeprefix('eval/')} on {len(setting.held_out)} held-out "
         f"problems: {before:.3f} before, {after:.3f} after PPO ({result['seconds']:.0f} s on "

@@ -110,7 +110,11 @@ def prepare(
         config.dataset, split=config.dataset_split, limit=config.limit, **columns
     )
     if config.eval_dataset is None:
-        train, validation = hold_out(examples, config.eval_size, config.seed)
+        try:
+            train, validation = hold_out(examples, config.eval_size, config.seed)
+        except DataError as error:
+            default = " (the default)" if config.eval_size == type(config).eval_size else ""
+            raise DataError(f"{error}{default}") from error
     else:
         train = examples
         validation = load_examples(
@@ -136,7 +140,7 @@ def _fitted(
     if longest < 1:
         raise DataError(
             f"max_new_tokens: expected fewer than the {positions} positions of {model!r}, "
-            f"got {max_new_tokens}"
+            f"got {max_new_tokens}{'' if config.max_new_tokens else ' (the default)'}"
         )
     template = {"chat_template": config.chat_template, "system_prompt": config.system_prompt}
     rendered = [e._replace(prompt=render(e, tokenizer, **template)) for e in examples]

@@ -238,6 +238,22 @@ def completion_logprobs(
 
 
 @torch.no_grad()
+def exact_reference(
+    loss: rlkern.PolicyLoss, reference: nn.Module | None, completions: Completions
+) -> dict[str, Tensor | None]:
+    """The reference as arguments of PolicyLoss.from_hidden, where the loss has an exact KL: that
+    takes the reference's whole distributions, and not its log-probabilities."""
+    if reference is None or not loss.kl_coef or loss.kl_estimator != "exact":
+        return {}
+    of_head = head(reference)
+    return {
+        "ref_hidden": completion_hidden(reference, completions),
+        "ref_weight": of_head["weight"],
+        "ref_bias": of_head["bias"],
+    }
+
+
+@torch.no_grad()
 def logprobs_of(model: nn.Module, completions: Completions, config: Any) -> Tensor:
     """completion_logprobs as a run's options have it (temperature, precision, micro-batches),
     without gradient."""

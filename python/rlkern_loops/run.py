@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlkern_loops import checkpoint
 from rlkern_loops.data import Example
-from rlkern_loops.errors import CheckpointError, RunError
+from rlkern_loops.errors import CheckpointError, RunError, shorten
 from rlkern_loops.log import RunLog
 from rlkern_loops.options import FIXED, RunConfig, changed
 from rlkern_loops.rollout import Completions
@@ -27,8 +27,8 @@ from rlkern_loops.rollout import Completions
 class Run:
     """Where a run stands, and what it leaves on disk.
 
-    In the order of use: `Run(config)`, `start` with everything that has a state, `steps`, `record`
-    after each, `finish`.
+    In the order of use: `Run(config)`, `start` with everything that has a state, `open_log`,
+    `steps`, `record` after each, `save_model`, `finish`.
 
     Attributes:
         device: "cpu" or a GPU's name.
@@ -45,24 +45,25 @@ class Run:
         if not sys.stderr.isatty():
             transformers_logging.disable_progress_bar()
         self.facts: dict[str, float] = {}
+        self._warned: set[str] = set()
         self._clock = time.perf_counter()
         self._found = None
         if config.resume:
             self._found = checkpoint.resume(config.output_dir, config.resume)
             if self._found is not None:
-                self._compare(self._found[1]["config"])
-        elif moved := checkpoint.set_aside(config.output_dir):
-            print(f"the checkpoints of an earlier run are in {moved} now")
+                self._compare(*self._found)
+            elif earlier := checkpoint.previous(config.output_dir):
+                print(f"no checkpoint to go on from, a new run starts; an earlier one's: {earlier}")
         self.resumed = self._found is not None
 
     def start(self, **parts: Any) -> None:
-        """Seeds every generator, takes the parts back to the checkpoint's state, opens the log.
+        """Seeds every generator, takes the parts back to the checkpoint's state.
 
         Args:
             **parts: what has state_dict() and load_state_dict(): models, optimizers, the sampler.
 
         Raises:
-            RunError: the checkpoint is of another loop, model or data; the log cannot be written.
+            RunError: the checkpoint is of another loop, model or data.
         """
         self.parts = parts
         self._saved = 0
@@ -75,24 +76,44 @@ class Run:
                 for name, part in parts.items():
                     part.load_state_dict(state["parts"][name])
             except (KeyError, ValueError, RuntimeError) as error:
+                reason = shorten(" ".join(str(error).split()))  # torch lists every weight
                 raise CheckpointError(
-                    f"the checkpoint of step {self._saved} is of another loop or model: its {name} "
-                    f"does not fit: {error}"
+                    f"the checkpoint of step {self._saved} is of another model: its {name} does "
+                    f"not fit: {reason}"
                 ) from error
             self.facts = state["facts"]
             self._clock -= self.facts.pop("seconds")
             checkpoint.set_rng_state(state["rng"])
             self._found = None  # its tensors are as large as the run's
             print(f"going on after step {self._saved}")
+            if self._saved > self.config.steps:
+                print(f"steps: that is more than {self.config.steps}, nothing is left to train")
         self._mark(self._saved)
+
+    def open_log(self) -> None:
+        """Opens the log, in the place of an earlier run's, whose checkpoints it sets aside.
+
+        Once all is loaded and the first evaluation is done: a start that fails over a model, the
+        data or a reward leaves the earlier run alone.
+        """
+        if not self.config.resume:
+            if moved := checkpoint.set_aside(self.config.output_dir):
+                print(f"the checkpoints of an earlier run are in {moved} now")
         self.log = RunLog(
             self.config.output_dir, self.config, report_to=self.config.report_to,
             resumed_step=self.done if self.resumed else None, total_steps=self.config.steps,
             print_every=self.config.print_every,
         )  # fmt: skip
 
-    def _compare(self, before: dict[str, Any]) -> None:
+    def _compare(self, step: int, state: dict[str, Any]) -> None:
         """Says which options are others than the checkpoint's, and refuses what cannot be."""
+        ours, theirs = type(self.config).__name__, state.get("loop")
+        if theirs not in (None, ours):
+            raise CheckpointError(
+                f"the checkpoint of step {step} is of another loop: expected one with the options "
+                f"of {ours}, got {theirs}'s; choose another output_dir, or start a new run"
+            )
+        before = state["config"]
         names = changed(self.config, before)
         for name in names:
             if name in FIXED:
@@ -109,7 +130,8 @@ class Run:
 
     @contextlib.contextmanager
     def rescued(self) -> Iterator[None]:
-        """Around the steps: an error in one leaves a checkpoint to go on from.
+        """Around the steps and the last evaluation: an error leaves a checkpoint to go on from,
+        with save_every 0 too.
 
         It holds the weights as they are, which a loss that was not finite did not change, with the
         random generators and the place in the data of the step's beginning: the step is repeated.
@@ -119,7 +141,7 @@ class Run:
         except CheckpointError:
             raise
         except RunError as error:
-            if not self.config.save_every or not self.done:
+            if not self.done:
                 raise
             if self._saved != self.done:
                 self._save()
@@ -132,6 +154,7 @@ class Run:
         """Logs a step that is done, and saves a checkpoint where one is due."""
         self._mark(step)
         self.log.step(step, metrics)
+        self._warn_of_silence(metrics)
         every = self.config.save_every
         if every and (step % every == 0 or step == self.config.steps):
             self._save()
@@ -144,6 +167,22 @@ class Run:
         if every and step % every == 0:
             prompts = [example.prompt for example in examples]
             self.log.samples(step, prompts, written.texts(tokenizer), rewards.tolist())
+
+    def _warn_of_silence(self, metrics: dict[str, float]) -> None:
+        """Says once of each cause why no reward is learned from: the run goes on, as the next
+        step may have one."""
+        found = []
+        if metrics["rollout/no_verdict"] == 1:
+            reward = repr(self.config.reward) if self.config.reward else "the task's reward"
+            found.append(f"{reward} gave none of the completions a number (None or NaN)")
+        if self.config.mask_truncated and metrics["rollout/finished"] == 0:
+            found.append(
+                "max_new_tokens cut all completions off, and mask_truncated leaves them out"
+            )
+        for cause in found:
+            if cause not in self._warned:
+                self._warned.add(cause)
+                self.log.print(f"warning: step {self.done} learned from no reward: {cause}")
 
     def _mark(self, step: int) -> None:
         """Notes that a step is done, and what changes before the next one's weights do: the random
@@ -158,25 +197,25 @@ class Run:
     def _save(self) -> None:
         parts = {name: self._light.get(name) or p.state_dict() for name, p in self.parts.items()}
         state = {
+            "loop": type(self.config).__name__,
             "config": dataclasses.asdict(self.config), "rng": self._rng, "parts": parts,
             "facts": self.facts | {"seconds": time.perf_counter() - self._clock},
         }  # fmt: skip
         checkpoint.save(self.config.output_dir, self.done, state, keep=self.config.keep_checkpoints)
         self._saved = self.done
 
-    def finish(self, model: Any, tokenizer: Any, result: dict[str, float]) -> dict[str, float]:
-        """Saves the model in transformers' format under output_dir/model, and ends the log.
-
-        Returns:
-            The result, with the seconds that the whole run took.
-        """
-        result = result | {"seconds": time.perf_counter() - self._clock}
+    def save_model(self, model: Any, tokenizer: Any) -> None:
+        """Saves the model in transformers' format under output_dir/model."""
         folder = Path(self.config.output_dir) / "model"
         try:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         except (OSError, SafetensorError) as error:
             raise RunError(f"cannot save the model to {folder}: {error}") from error
+
+    def finish(self, result: dict[str, float]) -> dict[str, float]:
+        """Ends the log; the result, with the seconds that the whole run took."""
+        result = result | {"seconds": time.perf_counter() - self._clock}
         self.log.write({"phase": "result", **result})
         self.log.close()
         return result

@@ -122,6 +122,8 @@ def multiple_choice(completion: str, answer: str) -> float:
 
 def exact_match(completion: str, answer: str) -> float:
     """Whether the texts are the same, runs of white space counting as one blank."""
+    if not answer.strip():
+        raise ValueError(f"answer: expected a text to compare with, got {answer!r}")
     return float(completion.split() == answer.split())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -95,14 +96,15 @@ def broken(path, how):
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "text", "a flipped bit", "other pickle"])
-def test_a_broken_checkpoint_is_named_and_passed_over(tmp_path, how):
+def test_a_broken_checkpoint_is_named_and_passed_over(tmp_path, capsys, how):
     checkpoint.save(tmp_path, 1, {"x": torch.ones(1000)})
     path = checkpoint.save(tmp_path, 2, {"x": torch.zeros(1000)})
     broken(path, how)
     with pytest.raises(CheckpointError, match=r"checkpoint .*step-000002\.pt: "):
         checkpoint.load(path)
-    with pytest.warns(RuntimeWarning, match=r"step-000002\.pt.* going on from the one before"):
-        step, state = checkpoint.resume(tmp_path, "auto")
+    step, state = checkpoint.resume(tmp_path, "auto")
+    said = capsys.readouterr().out
+    assert re.match(r"warning: .*step-000002\.pt.* going on from the one before\n$", said)
     assert step == 1 and torch.equal(state["x"], torch.ones(1000))
     # Asked for by name, it is an error; and so it is where no other is left.
     with pytest.raises(CheckpointError, match=r"step-000002\.pt: "):
@@ -140,8 +142,16 @@ def test_earlier_checkpoints_are_set_aside(tmp_path):
     assert checkpoint.set_aside(tmp_path) == tmp_path / "checkpoints.previous"
     assert checkpoint.latest(tmp_path) is None
     checkpoint.save(tmp_path, 1, {"new": 1})
-    checkpoint.set_aside(tmp_path)
-    assert [p.name for p in (tmp_path / "checkpoints.previous").iterdir()] == ["step-000001.pt"]
+    # What was set aside before stays, numbered.
+    assert checkpoint.set_aside(tmp_path) == tmp_path / "checkpoints.previous-2"
+    kept = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.glob("checkpoints.previous*/*"))
+    assert kept == [
+        "checkpoints.previous-2/step-000001.pt",
+        "checkpoints.previous/step-000005.pt",
+        "checkpoints.previous/step-000006.pt",
+    ]
+    (tmp_path / "checkpoints.previous-notes").mkdir()
+    assert checkpoint.previous(tmp_path) == tmp_path / "checkpoints.previous-2"
 
 
 # ---- the disk, and a kill -----------------------------------------------------------------------

@@ -16,6 +16,8 @@ from typing import Literal
 import pytest
 from rlkern_loops import checkpoint, cli, data, errors, rewards, trackers
 
+import rlkern
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -96,6 +98,7 @@ def test_the_command_line_beats_the_file(file):
         (["--learning-rat", "1"], "unknown option '--learning-rat' (did you mean '--learning-rat"),
         (["--group_sise=4"], "unknown option '--group_sise' (did you mean '--group-size'?)"),
         (["--zzz"], "unknown option '--zzz'"),
+        (["--critic", "shared"], "unknown option '--critic' (an option of ppo)"),
         (["--group", "4"], "unknown option '--group'"),
         (["stray"], "unexpected argument 'stray'"),
         (["--group-size", "many"], "--group-size: invalid int value: 'many'"),
@@ -120,7 +123,10 @@ def test_a_required_option_is_asked_for():
     "text,said",
     [
         ("learnin_rate: 1", "unknown option 'learnin_rate' (did you mean 'learning_rate'?)"),
-        ("config: other.yaml", "unknown option 'config'"),
+        ("config: other.yaml", "config: expected on the command line alone, got 'other.yaml'"),
+        ("grpo: {group_size: 2}", "unknown option 'grpo'; options stand side by side, in no group"),
+        ("group_size: {a: 1}", "group_size: expected int, got a mapping {'a': 1}"),
+        ("lam: 0.9", "unknown option 'lam' (an option of ppo)"),
         ("1: 2", "unknown option 1"),
         ("group_size: many", "group_size: expected int, got str 'many'"),
         ("group_size: true", "group_size: expected int, got bool True"),
@@ -130,7 +136,7 @@ def test_a_required_option_is_asked_for():
         ("reward: no", "reward: expected text, got bool False"),
         ("whiten: perhaps", "whiten: expected bool, got str 'perhaps'"),
         ("scale: max", "scale: expected std|none, got 'max'"),
-        ("report_to: [{a: 1}]", "report_to: expected text, got dict"),
+        ("report_to: [{a: 1}]", "report_to: expected text, got a mapping"),
         ("- a\n- b", "expected options in"),
         ("group_size: [1", "is not YAML: while parsing"),
         ("group_size: 1", "group_size: expected at least 2, got 1"),
@@ -230,10 +236,10 @@ def test_the_commands_of_the_documentation_parse(tmp_path, monkeypatch):
     monkeypatch.setattr(trackers, "check_installed", lambda names: None)
     (text,) = blocks("yaml")
     (tmp_path / "run.yaml").write_text(text)
-    commands = [line for block in blocks("sh") for line in block.splitlines()]
+    commands = [line for block in blocks("sh") for line in block.replace("\\\n", "").splitlines()]
     trained = [line for line in commands if line.startswith("rlkern train ")]
     for line in trained:
-        _, _, loop, *arguments = shlex.split(line)
+        _, _, loop, *arguments = shlex.split(line, comments=True)
         module, name = cli.LOOPS[loop]
         config = getattr(importlib.import_module(module), name)
         assert cli.parse_config(config, arguments, line)
@@ -284,6 +290,13 @@ def test_info_needs_no_training_packages():
     )
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "is not installed: pip install 'rlkern[loops]'" in done.stderr
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"rlkern {rlkern.__version__}\n"
 
 
 def test_a_stray_argument_of_info_is_an_error(capsys):

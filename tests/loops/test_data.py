@@ -171,7 +171,7 @@ def test_what_is_held_out_is_never_trained_on():
     assert hold_out(examples, 10, seed=3) == (train, held_out) != hold_out(examples, 10, seed=4)
     assert sorted(hold_out(examples, 0, seed=3)[0]) == sorted(examples)
     for count in (100, 101, -1):
-        with pytest.raises(DataError, match=f"held out: expected fewer than .* got {count}"):
+        with pytest.raises(DataError, match=f"eval_size: expected fewer than .* got {count}"):
             hold_out(examples, count, seed=3)
 
 

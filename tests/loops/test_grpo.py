@@ -11,6 +11,7 @@ from rlkern_loops.data import Example, Sampler
 from rlkern_loops.grpo import GRPOConfig, Round, advantages_of, train, update, with_signal
 from rlkern_loops.grpo import write_and_judge as write
 from rlkern_loops.rollout import logprobs_of, sample
+from rlkern_loops.tiny import tiny_gpt2
 
 PRESETS = (
     "ppo", "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "gspo_token", "cispo", "sapo", "gmpo",
@@ -99,6 +100,7 @@ def test_a_model_of_ones_own_on_a_file(short, folders, sums, records, tmp_path, 
         {"scale": "mean"},
         {"mask_truncated": True, "max_new_tokens": 2},
         {"dynamic_sampling": 2},
+        {"kl_coef": 0.1, "kl_estimator": "exact", "precision": "bf16", "micro_batch_size": 5},
         {"epochs": 2, "minibatches": 1},
         {"epochs": 1, "minibatches": 1},
         {"task": "reversal", "word_length": 4},
@@ -129,7 +131,7 @@ def batch(policy, tokenizer):
     return Round(written, torch.randn(12), old, ref)
 
 
-def gradients(policy, batch, config):
+def gradients(policy, batch, config, reference=None):
     """The gradient of a mini-batch's update, its loss's metrics and its norm."""
     seen = []
     optimizer = learn.adamw(config, policy.parameters())
@@ -137,7 +139,7 @@ def gradients(policy, batch, config):
         lambda *_: seen.extend(p.grad.clone() for p in policy.parameters())
     )
     before = {name: value.clone() for name, value in policy.state_dict().items()}
-    metrics, norm = update(policy, optimizer, batch, 9, config)
+    metrics, norm = update(policy, optimizer, batch, 9, config, reference)
     policy.load_state_dict(before)
     return seen, metrics.item_dict(), norm
 
@@ -185,6 +187,30 @@ def test_loss_and_gradient_are_the_formula(policy, batch):
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
     assert metrics["clip_frac"] == pytest.approx((low + high) / count) and low and high
+
+
+def test_the_exact_kl_is_the_sum_over_the_vocabulary(policy, batch, tokenizer):
+    torch.manual_seed(8)
+    reference = tiny_gpt2(tokenizer, hidden_size=16, num_layers=2, num_heads=2).requires_grad_(
+        False
+    )
+    options = {"kl_coef": 2.0, "kl_estimator": "exact", "max_grad_norm": 1e9}
+    batch = batch._replace(ref_logprobs=None)
+    found, metrics, _ = gradients(
+        policy, batch, GRPOConfig(**options, micro_batch_size=5), reference
+    )
+    without, _, _ = gradients(policy, batch, GRPOConfig(max_grad_norm=1e9))
+    mask, prompt = batch.completions.mask, batch.completions.prompt_ids.shape[1]
+    ids, stands = batch.completions.sequences()
+    arguments = {"attention_mask": stands, "position_ids": model.positions(stands)}
+    ours, theirs = (
+        m(ids, **arguments).logits[:, prompt - 1 : -1].log_softmax(-1) for m in (policy, reference)
+    )
+    kl = (ours.exp() * (ours - theirs.detach())).sum(-1)[mask].mean()
+    expected = torch.autograd.grad(2.0 * kl, list(policy.parameters()))
+    for a, b, c in zip(found, without, expected, strict=True):
+        torch.testing.assert_close(a - b, c, rtol=1e-3, atol=1e-5)
+    assert metrics["kl"] == pytest.approx(kl.item(), rel=1e-4) and kl > 1e-3
 
 
 def test_groups_with_a_signal():

@@ -139,6 +139,28 @@ def test_curves_are_drawn(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == left
 
 
+def test_curves_have_a_panel_each_in_two_rows_under_the_runs_name(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, path, **_: drawn.append(self) or path.touch()
+    )
+    losses = ("policy_loss", "value_loss", "explained_variance", "kl", "kl_coef", "entropy")
+    names = ["rollout/reward", "eval/accuracy", *(f"losses/{name}" for name in losses)]
+    records = [{"phase": "train", "step": s} | dict.fromkeys(names, s * 1.5) for s in (1, 2, 3)]
+    plot_curves(records, tmp_path / "curves.png", "cost $1 to_2$")
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    assert figure.get_suptitle() == "cost $1 to_2$"
+    assert [axis.get_title() for axis in figure.axes] == names
+    assert figure.axes[0].get_gridspec().get_geometry() == (2, 4)
+    for axis in figure.axes:
+        (line,) = axis.lines
+        assert line.get_ydata() == pytest.approx([1.5, 3.0, 4.5])
+        assert all(tick == int(tick) for tick in axis.get_xticks())
+
+
 # ---- what cannot be written ---------------------------------------------------------------------
 
 

@@ -61,6 +61,10 @@ def test_what_cannot_be_loaded_is_named(tmp_path, folders):
     trunk.save_pretrained(tmp_path)  # without its lm_head
     with pytest.raises(model.ModelError, match="lacks weights of LlamaForCausalLM: lm_head.weight"):
         model.load(str(tmp_path), RunConfig(), "cpu")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(model.ModelError, match=f"model: cannot load '{tmp_path}': .*incomplete"):
+        model.load(str(tmp_path), RunConfig(), "cpu")
 
 
 def test_precision_and_freezing(folders):

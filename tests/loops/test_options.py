@@ -23,6 +23,7 @@ from rlkern import PolicyLoss
         ("seed", 10**19), ("seed", -1), ("kl_coef", math.inf), ("entropy_coef", math.inf),
         ("warm_start_accuracy", math.nan), ("warm_start_accuracy", 2.0), ("top_p", 1.1),
         ("warm_start_accuracy", -1.0), ("temperature", 1e-45), ("output_dir", __file__),
+        ("output_dir", ""),
         ("output_dir", f"{__file__}/run"), ("max_new_tokens", 0), ("dynamic_sampling", -1),
         ("final_learning_rate", 1.5), ("micro_batch_size", -1), ("keep_checkpoints", 0),
         ("eval_dataset", "x"), ("limit", 5), ("attention", "flash"), ("system_prompt", "be kind"),
@@ -55,6 +56,7 @@ def test_contradictions_are_named(name, options):
         ("gamma", 1.5), ("lam", -0.1), ("value_coef", 0.0), ("value_clip", -1.0),
         ("reward_clip", 0.0), ("target_kl", 0.0), ("kl_horizon", 0), ("missing_eos_penalty", -1.0),
         ("critic_learning_rate", 0.0), ("kl_estimator", "k3_st"),
+        ("kl_estimator", "exact"), ("kl_estimator", "k9"),
     ],
 )  # fmt: skip
 def test_bad_options_of_ppo_are_named(name, value):

@@ -244,6 +244,7 @@ def test_what_the_critic_starts_from(policy, folders, options, start):
         {"critic": "separate", "target_kl": 1.0, "kl_horizon": 32, "whiten_rewards": True},
         {"critic": "separate", "critic_model": "policy", "precision": "bf16"},
         {"critic": "shared", "kl_in": "loss", "value_clip": 0.0, "micro_batch_size": 3},
+        {"kl_in": "loss", "kl_estimator": "exact", "micro_batch_size": 3},
         {"kl_coef": 0.0, "reward": "rlkern_loops.tasks:solved", "mask_truncated": True},
         {"task": "addition", "missing_eos_penalty": 1.0, "gradient_checkpointing": True},
     ],

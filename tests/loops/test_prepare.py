@@ -68,6 +68,15 @@ def test_what_the_model_has_no_positions_for_is_left_out(options, tmp_path, caps
         prepare(GRPOConfig(**options | {"max_new_tokens": 64}), "cpu")
 
 
+def test_defaults_that_do_not_fit_are_told_to_be_defaults(options):
+    for name, left_out in (("eval_size", 200), ("max_new_tokens", 256)):
+        given = {key: value for key, value in options.items() if key != name}
+        with pytest.raises(DataError, match=rf"^{name}: .*, got {left_out} \(the default\)$"):
+            prepare(GRPOConfig(**given), "cpu")
+    with pytest.raises(DataError, match="^eval_size: .*, got 100$"):
+        prepare(GRPOConfig(**options | {"eval_size": 100}), "cpu")
+
+
 def test_what_is_not_there_is_named(options, tmp_path):
     with pytest.raises(DataError, match="missing.jsonl"):
         prepare(GRPOConfig(**options | {"dataset": str(tmp_path / "missing.jsonl")}), "cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -12,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from rlkern_loops import checkpoint, grpo, ppo
-from rlkern_loops.errors import CheckpointError, RewardError
+from rlkern_loops import checkpoint, grpo, learn, ppo
+from rlkern_loops.errors import CheckpointError, RewardError, RunError
 from rlkern_loops.grpo import GRPOConfig
 from rlkern_loops.learn import NonFiniteLoss
 from rlkern_loops.ppo import PPOConfig
+from transformers import AutoModelForCausalLM
 
 LOOPS = {"grpo": (GRPOConfig, grpo.train), "ppo": (PPOConfig, ppo.train)}
 
@@ -90,6 +92,16 @@ def test_a_loss_that_is_no_number_changes_nothing(short, records, monkeypatch, l
     assert [r["step"] for r in records(short["output_dir"])] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("loss,cause", [(math.inf, "A reward, or a coeff"), (math.nan, "fp32")])
+def test_what_may_be_behind_a_loss_that_is_no_number(loss, cause):
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = torch.optim.AdamW([weight])
+    with pytest.raises(NonFiniteLoss, match=f"the loss is {loss} .* mini-batch. .*{cause}"):
+        learn.step(optimizer, loss, 1.0)
+    assert weight.tolist() == [1, 1] and weight.grad is None
+
+
 @pytest.mark.parametrize("loop", ["grpo", "ppo"])
 def test_a_reward_that_raises_loses_no_step(short, records, tmp_path, monkeypatch, loop):
     """The run that goes on after it is the run without it."""
@@ -135,8 +147,8 @@ def test_options_that_changed_are_named(short, capsys):
 @pytest.mark.parametrize(
     "train,options,named",
     [
-        (ppo.train, {}, "^task: the checkpoint was written with 'addition', got 'reversal'"),
-        (ppo.train, {"task": "addition"}, "^critic: the checkpoint was written with None"),
+        (ppo.train, {"task": "addition"}, "another loop: .* options of PPOConfig, got GRPOConfig"),
+        (grpo.train, {"task": "reversal"}, "^task: .* with 'addition', got 'reversal'"),
         (grpo.train, {"num_layers": 1}, "^num_layers: .* with 2, got 1"),
         (grpo.train, {"seed": 2}, "^seed: .* with 1, got 2"),
     ],
@@ -154,5 +166,67 @@ def test_a_model_that_was_replaced_is_refused(short, folders):
     place = Path(short["output_dir"]) / "warm_start"
     shutil.rmtree(place)
     shutil.copytree(folders["llama"], place)
-    with pytest.raises(CheckpointError, match="another loop or model: its policy does not fit"):
+    with pytest.raises(CheckpointError, match="another model: its policy does not fit") as refused:
         grpo.train(GRPOConfig(**options | {"resume": "auto", "steps": 2}))
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
+
+
+def test_a_start_that_fails_leaves_the_earlier_run(short, capsys):
+    options = short | {"save_every": 1, "steps": 1}
+    grpo.train(GRPOConfig(**options))
+    folder = Path(short["output_dir"])
+    log = (folder / "metrics.jsonl").read_bytes()
+    raising = {"eval_reward": "multiple_choice"}  # at the first answer that is no letter
+    for slip in ({"reward": "numerci"}, {"model": str(folder / "nowhere")}, raising):
+        with pytest.raises(RunError):
+            grpo.train(GRPOConfig(**options | slip))
+        assert checkpoint.latest(folder) and not checkpoint.previous(folder)
+        assert (folder / "metrics.jsonl").read_bytes() == log
+    # Where the newest are gone, a restart says where the others are.
+    checkpoint.set_aside(folder)
+    capsys.readouterr()
+    grpo.train(GRPOConfig(**options | {"resume": "auto"}))
+    assert "a new run starts; an earlier one's: " in capsys.readouterr().out
+
+
+def test_fewer_steps_than_the_checkpoint_has_are_told(short, capsys):
+    grpo.train(GRPOConfig(**short | {"save_every": 1, "steps": 2}))
+    capsys.readouterr()
+    grpo.train(GRPOConfig(**short | {"resume": "auto", "steps": 1}))
+    assert "after step 2\nsteps: that is more than 1, nothing is left" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("loop", ["grpo", "ppo"])
+def test_a_failure_in_the_last_evaluation_loses_nothing(short, tmp_path, monkeypatch, loop):
+    (tmp_path / f"picky_{loop}.py").write_text(
+        "calls = 0\n\n\ndef judge(completions):\n"
+        "    global calls\n    calls += 1\n"
+        "    assert calls != 3, 'not today'\n    return [1.0] * len(completions)\n"
+    )  # the calls: at the start, after the last step, and of the result
+    monkeypatch.syspath_prepend(tmp_path)
+    config_class, train = LOOPS[loop]
+    options = short | {
+        "steps": 1, "save_every": 0, "reward": "rlkern_loops.tasks:solved",
+        "eval_reward": f"picky_{loop}:judge",
+    }  # fmt: skip
+    with pytest.raises(RewardError, match="not today.*--resume auto goes on after step 1"):
+        train(config_class(**options))
+    AutoModelForCausalLM.from_pretrained(Path(short["output_dir"]) / "model")
+    train(config_class(**options, resume="auto"))
+
+
+@pytest.mark.parametrize("loop", ["grpo", "ppo"])
+def test_rounds_that_teach_nothing_are_warned_of_once(short, tmp_path, monkeypatch, capsys, loop):
+    (tmp_path / f"mute_{loop}.py").write_text(
+        "def judge(completions):\n    return [None] * len(completions)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config_class, train = LOOPS[loop]
+    cut = {"mask_truncated": True, "max_new_tokens": 1, "warm_start_steps": 0, "steps": 2}
+    # An untrained model ends a completion at once now and then; with no end token it cannot.
+    monkeypatch.setattr("rlkern_loops.rollout.end_tokens", lambda model, tokenizer: [])
+    train(config_class(**short | cut | {"reward": f"mute_{loop}:judge"}))
+    said = capsys.readouterr().out
+    assert said.count("warning: ") == 2 and said.count("warning: step 1 learned from no") == 2
+    assert f"'mute_{loop}:judge' gave none of the completions a number" in said
+    assert "max_new_tokens cut all completions off" in said

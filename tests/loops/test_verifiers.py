@@ -108,6 +108,8 @@ def test_an_answer_that_is_no_letter_is_an_error():
 def test_exact_match_leaves_only_white_space_out():
     assert exact_match("  a \n b", "a b") == 1.0
     assert exact_match("ab", "a b") == 0.0 and exact_match("A b", "a b") == 0.0
+    with pytest.raises(ValueError, match="answer: expected a text to compare with, got ' '"):
+        exact_match("", " ")
 
 
 @pytest.mark.parametrize(
