@@ -148,7 +148,7 @@ class GroupAdvantages(Case):
 
     @staticmethod
     def floors(**params: Any) -> tuple[Floor, ...]:
-        if params != SHAPE | {"cache": "warm"}:
+        if {name: params[name] for name in SHAPE} != SHAPE:
             return ()
         return tuple(
             Floor(f"{t}/rlkern", (f"{t}/{peer}",), 10)

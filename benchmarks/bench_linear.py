@@ -185,7 +185,8 @@ class Head(Case):
         self.generator = torch.Generator().manual_seed(0)
         self.shape = (tokens // LENGTH, LENGTH)
         self.hidden = self.normal(*self.shape, width).bfloat16()
-        self.bulk = (self.normal(vocab, width) / width**0.5).bfloat16()
+        self.weight = (self.normal(vocab, width) / width**0.5).bfloat16()
+        self.bulk = self.weight.clone()  # which the ceilings scale
         self.token_ids = torch.randint(vocab, self.shape, generator=self.generator)
         self.truth: dict[Any, tuple] = {}
 
@@ -193,8 +194,7 @@ class Head(Case):
         return torch.randn(*size, generator=self.generator)
 
     def factors(self, task: str) -> tuple[torch.Tensor, torch.Tensor]:
-        # The scaling of a ceiling may have passed over the weight.
-        weight = self.bulk.detach().clone().requires_grad_(task not in (FROZEN, LOGPROBS))
+        weight = self.weight.clone().requires_grad_(task not in (FROZEN, LOGPROBS))
         return self.hidden.detach().clone().requires_grad_(task != LOGPROBS), weight
 
     def exact(self, task: str, function: Any, upstream: torch.Tensor | None = None) -> tuple:
@@ -252,7 +252,7 @@ class FromHidden(Head):
 
     def __init__(self, **shape: int) -> None:
         super().__init__(**shape)
-        logprobs = token_logprobs(self.hidden.float(), self.bulk.float(), self.token_ids)
+        logprobs = token_logprobs(self.hidden.float(), self.weight.float(), self.token_ids)
         self.old = logprobs + 0.1 * self.normal(*self.shape)
         self.advantages = self.normal(self.shape[0])
 

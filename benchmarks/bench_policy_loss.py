@@ -150,13 +150,15 @@ def task(objective: str) -> str:
     return "loss + gradient, clip" if objective == "clip" else f"{TASK}, {objective}"
 
 
-def with_gradient(build, objective: str):
-    def build_task():
-        function = build(objective)
+def with_gradient(build, *options):
+    """Of functions that give a loss and metrics: the gradient of their first argument, too."""
 
-        def run(logprobs, *rest):
-            loss, metrics = function(logprobs, *rest)
-            (gradient,) = torch.autograd.grad(loss, logprobs)
+    def build_task():
+        function = build(*options)
+
+        def run(first, *rest):
+            loss, metrics = function(first, *rest)
+            (gradient,) = torch.autograd.grad(loss, first)
             return loss, gradient, metrics
 
         return run
@@ -213,7 +215,7 @@ class PolicyLosses(Case):
 
     @staticmethod
     def floors(**params: Any) -> tuple[Floor, ...]:
-        if params != SHAPE | {"cache": "warm"}:
+        if {name: params[name] for name in SHAPE} != SHAPE:
             return ()
         promised = {"dapo + k3": (10, 3), "gspo": (4, 2)}
         return tuple(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import peers
+from benchmarks.bench_policy_loss import with_gradient
 from benchmarks.case import FULL, SHORT, Case, Contestant
 
 SHAPE = {"sequences": 64, "tokens": 4096}
@@ -79,20 +80,6 @@ def build_verl():
 def build_openrlhf():
     loss = peers.member("openrlhf.models.loss", "ValueLoss")(clip_eps=CLIP)
     return lambda values, returns, old, mask: (loss(values, old, returns, mask), {})
-
-
-def with_gradient(build):
-    def build_task():
-        function = build()
-
-        def run(values, *rest):
-            loss, metrics = function(values, *rest)
-            (gradient,) = torch.autograd.grad(loss, values)
-            return loss, gradient, metrics
-
-        return run
-
-    return build_task
 
 
 BUILDERS = {

@@ -5,8 +5,8 @@
 
 #include <vector>
 
-#include "../common/token_view.h"
 #include "launch.h"
+#include "logit_launch.h"
 #include "row_plan.h"
 #include "vocab_divergence.cuh"
 #include "vocab_divergence.h"
@@ -25,21 +25,6 @@ struct Given {
   int64_t divergence;
   double beta;
 };
-
-// Calls run(Type{}) with the logits' element type.
-template <typename Run>
-void with_type(const Tensor& logits, const Run& run) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return run(Float32{});
-    case ScalarType::Half:
-      return run(Float16{});
-    case ScalarType::BFloat16:
-      return run(BFloat16{});
-    default:
-      fail("logits: expected float32, float16 or bfloat16");
-  }
-}
 
 void require_same(const Tensor& tensor, const Tensor& logits, const char* name) {
   bool same = tensor.dim() == logits.dim() && tensor.scalar_type() == logits.scalar_type() &&

@@ -210,10 +210,7 @@ def _train(config: GRPOConfig) -> dict[str, float]:
         with model.precision(config, run.device):
             return setting.evaluate(policy, examples)
 
-    if not run.resumed:
-        run.facts["accuracy_before"] = score(setting.held_out)
-        print(f"at the start: {setting.eval_name} {run.facts['accuracy_before']:.3f}, held out")
-    run.open_log()
+    run.begin(setting.eval_name, lambda: score(setting.held_out))
     with run.rescued():
         for step in run.steps():
             rate = learn.set_learning_rates(optimizer, (config.learning_rate,), step, config)
@@ -267,14 +264,7 @@ def _train(config: GRPOConfig) -> dict[str, float]:
         run.save_model(policy, setting.tokenizer)  # the evaluation may fail
         after = score(setting.held_out)
 
-    before = run.facts["accuracy_before"]
-    result = run.finish({"accuracy_before": before, "accuracy_after": after})
-    print(
-        f"greedy {setting.eval_name.removeprefix('eval/')} on {len(setting.held_out)} held-out "
-        f"problems: {before:.3f} before, {after:.3f} after GRPO ({result['seconds']:.0f} s on "
-        f"{run.device}); model, curves and metrics in {config.output_dir}"
-    )
-    return result
+    return run.finish(setting.eval_name, after, len(setting.held_out))
 
 
 if __name__ == "__main__":

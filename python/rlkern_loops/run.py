@@ -7,7 +7,7 @@ import dataclasses
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from rlkern_loops.rollout import Completions
 class Run:
     """Where a run stands, and what it leaves on disk.
 
-    In the order of use: `Run(config)`, `start` with everything that has a state, `open_log`,
+    In the order of use: `Run(config)`, `start` with everything that has a state, `begin`,
     `steps`, `record` after each, `save_model`, `finish`.
 
     Attributes:
@@ -90,12 +90,16 @@ class Run:
                 print(f"steps: that is more than {self.config.steps}, nothing is left to train")
         self._mark(self._saved)
 
-    def open_log(self) -> None:
-        """Opens the log, in the place of an earlier run's, whose checkpoints it sets aside.
+    def begin(self, eval_name: str, evaluate: Callable[[], float]) -> None:
+        """Evaluates a new run on held-out examples, then opens the log, in the place of an earlier
+        run's, whose checkpoints it sets aside.
 
-        Once all is loaded and the first evaluation is done: a start that fails over a model, the
-        data or a reward leaves the earlier run alone.
+        Only then: a start that fails over a model, the data or a reward leaves the earlier run
+        alone.
         """
+        if not self.resumed:
+            self.facts["accuracy_before"] = evaluate()
+            print(f"at the start: {eval_name} {self.facts['accuracy_before']:.3f}, held out")
         if not self.config.resume:
             if moved := checkpoint.set_aside(self.config.output_dir):
                 print(f"the checkpoints of an earlier run are in {moved} now")
@@ -213,9 +217,17 @@ class Run:
         except (OSError, SafetensorError) as error:
             raise RunError(f"cannot save the model to {folder}: {error}") from error
 
-    def finish(self, result: dict[str, float]) -> dict[str, float]:
-        """Ends the log; the result, with the seconds that the whole run took."""
-        result = result | {"seconds": time.perf_counter() - self._clock}
+    def finish(self, eval_name: str, after: float, examples: int) -> dict[str, float]:
+        """Ends the log and says what came of the run: the held-out figures before and after, and
+        the seconds that all of it took."""
+        before, seconds = self.facts["accuracy_before"], time.perf_counter() - self._clock
+        result = {"accuracy_before": before, "accuracy_after": after, "seconds": seconds}
         self.log.write({"phase": "result", **result})
         self.log.close()
+        loop = type(self.config).__name__.removesuffix("Config")
+        print(
+            f"greedy {eval_name.removeprefix('eval/')} on {examples} held-out problems: "
+            f"{before:.3f} before, {after:.3f} after {loop} ({seconds:.0f} s on {self.device}); "
+            f"model, curves and metrics in {self.config.output_dir}"
+        )
         return result

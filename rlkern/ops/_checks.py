@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from rlkern._env import flag
+from rlkern.reference.token_logprobs import wide_dtype
 
 # Beyond these fp32, in which kernels compute, holds the number or its inverse as 0 or infinity.
 SMALLEST, LARGEST = 1e-37, 1e37
@@ -91,6 +92,16 @@ def without_gradient(tensor: Tensor, name: str) -> Tensor:
 
 def _owner(of: str) -> str:
     return "logits'" if of == "logits" else f"{of}'s"
+
+
+def require_kind(tensor: Tensor, name: str, like: Tensor, of: str) -> None:
+    """`tensor` has the dtype and the device of another argument."""
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{name}: expected {like.dtype} ({_owner(of)} dtype), got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name}: expected device {like.device} ({_owner(of)}), got {tensor.device}"
+        )
 
 
 _LAST = {"logits": "the vocabulary", "hidden": "its last dimension"}
@@ -214,7 +225,7 @@ def token_temperature(
             f"temperature: expected a shape that broadcasts to {list(tokens)} (one per token), "
             f"got {list(temperature.shape)}"
         ) from None
-    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(rows)
     return 1.0, expanded.to(dtype)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlkern.ops import _checks, _register
+from rlkern.reference.token_logprobs import wide_dtype
 
 #: Bytes of logits that a call holds at a time, unless it says otherwise. On a GPU chunks of fewer
 #: than some 2048 tokens are bound by the traffic of the weight's gradient; a CPU's are not.
@@ -192,7 +193,7 @@ class GradientSum:
 
     def __init__(self, like: Tensor, backend: str, several: bool) -> None:
         self.like, self.backend = like, backend
-        self.wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        self.wide = wide_dtype(like)
         self.unrounded = several and like.device.type == "cuda" and like.element_size() == 2
         self.first: Tensor | None = None
         self.sum: Tensor | None = None

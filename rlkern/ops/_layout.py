@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlkern.ops import _checks
+from rlkern.reference.token_logprobs import wide_dtype
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -46,7 +47,7 @@ class Layout:
         self.name = name
         self.shape = shape
         self.device = tensor.device
-        self.dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        self.dtype = wide_dtype(tensor)
         self.offsets = None if cu_seqlens is None else self._checked_offsets(cu_seqlens)
         if self.offsets is None:
             if len(shape) != 2:

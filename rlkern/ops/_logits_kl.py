@@ -18,7 +18,7 @@ from rlkern.ops._head import chunk_rows, default_budget
 from rlkern.ops.kl_divergence import divergence_of
 from rlkern.ops.policy_loss import policy_loss
 from rlkern.ops.policy_rows import RowArguments, TokenArguments
-from rlkern.ops.token_logprobs import token_logprobs
+from rlkern.ops.token_logprobs import require_consecutive, token_logprobs
 from rlkern.reference import policy_loss as definition
 from rlkern.reference.aggregation import Denominators
 
@@ -97,7 +97,6 @@ def in_steps(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and KL first, then the loss of both."""
-    number, per_token = rows.temperature, rows.token_temperature
     if inplace and not torch.compiler.is_compiling():
         measured = reference.scale is None
         logprobs, entropy, kl = _InplaceBackward.apply(
@@ -105,12 +104,7 @@ def in_steps(
         )
     else:
         logprobs, entropy = token_logprobs(
-            logits,
-            rows.token_ids,
-            mask=rows.mask,
-            temperature=number if per_token is None else per_token,
-            softcap=rows.softcap,
-            return_entropy=True,
+            logits, rows.token_ids, **rows.keywords(), return_entropy=True
         )
         kl = divergence_of(logits, reference.logits, divergence_arguments(rows), backend)
     batch = batch._replace(logprobs=logprobs, entropy=entropy if return_entropy else None)
@@ -127,11 +121,7 @@ class _InplaceBackward(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, ref: Tensor, rows: RowArguments, backend: str, measured: bool
     ) -> Any:
-        if logits.stride(-1) != 1:
-            raise ValueError(
-                "inplace=True: expected rows that are consecutive in memory, got logits with "
-                f"strides {logits.stride()}"
-            )
+        require_consecutive(logits, "inplace=True")
         logprobs, entropy, state = _register.overload("token_logprobs", backend)(
             logits, *rows, True
         )

@@ -180,6 +180,17 @@ def is_final(backend: str, grad_loss: Tensor) -> bool:
     )
 
 
+def scaled(backend: str, grad: Tensor, grad_loss: Tensor) -> Tensor:
+    """The gradient that a loss's forward saved for an upstream gradient of 1, to be handed out."""
+    if is_final(backend, grad_loss):
+        return grad
+    if grad.is_cuda and may_give_away(grad_loss):
+        # Looks at the upstream gradient there: one of 1 leaves all as it is.
+        torch.ops.rlkern.scale_(grad, grad_loss)
+        return grad
+    return grad * grad_loss
+
+
 def refuse_create_graph(op: str) -> None:
     """For a backward whose gradient was formed in the forward pass, and so carries no graph: a
     penalty on it would be left out in silence."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlkern.ops._checks import ELSEWHERE
+from rlkern.reference.token_logprobs import wide_dtype
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Columns:
         """The sum over the ranks, taken in fp32."""
         import torch.distributed as dist
 
-        dtype = torch.float64 if part.dtype == torch.float64 else torch.float32
+        dtype = wide_dtype(part)
         total = part.to(dtype)
         dist.all_reduce(total, dist.ReduceOp.SUM, self.group)
         return total.to(part.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 from rlkern import _backend
 from rlkern.ops import _checks, _register
 from rlkern.reference import vocab_divergence as reference
+from rlkern.reference.token_logprobs import per_row, wide_dtype
 
 
 class DivergenceArguments(NamedTuple):
@@ -108,10 +109,7 @@ def checked_reference(logits: Tensor, ref_logits: object) -> Tensor:
         raise ValueError(
             f"ref_logits: expected shape {list(logits.shape)} (logits'), got {list(ref.shape)}"
         )
-    if ref.dtype != logits.dtype:
-        raise TypeError(f"ref_logits: expected {logits.dtype} (logits' dtype), got {ref.dtype}")
-    if ref.device != logits.device:
-        raise ValueError(f"ref_logits: expected device {logits.device} (logits'), got {ref.device}")
+    _checks.require_kind(ref, "ref_logits", logits, "logits")
     return consecutive(_checks.without_gradient(ref, "ref_logits"))
 
 
@@ -166,7 +164,7 @@ def _backward(ctx: Any, backend: str, grad: Tensor, *_: Any) -> tuple[Tensor]:
 
 
 def _fake(logits, *rest):
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(logits)
     shape = logits.shape[:-1]
     return (
         logits.new_empty(shape, dtype=dtype),
@@ -174,21 +172,12 @@ def _fake(logits, *rest):
     )
 
 
-def _flat(logits: Tensor, value: Tensor | None, otherwise: Any) -> Tensor:
-    rows = logits.shape[:-1].numel()
-    if value is not None:
-        return value.reshape(rows)
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    dtype = torch.bool if otherwise is True else wide
-    return torch.full((rows,), otherwise, dtype=dtype, device=logits.device)
-
-
 def _flat_arguments(logits, ref_logits, mask, token_temperature, temperature, softcap, kind, beta):
     return (
         logits.reshape(-1, logits.shape[-1]),
         ref_logits.reshape(-1, logits.shape[-1]),
-        _flat(logits, mask, True),
-        _flat(logits, token_temperature, temperature),
+        per_row(logits, mask, True),
+        per_row(logits, token_temperature, temperature),
         softcap,
         reference.DIVERGENCES[kind],
         beta,

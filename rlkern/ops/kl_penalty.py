@@ -10,6 +10,7 @@ from torch import Tensor
 from rlkern import _backend
 from rlkern.ops import _checks, _register
 from rlkern.reference import kl_penalty as reference
+from rlkern.reference.token_logprobs import wide_dtype
 
 
 def kl_penalty(
@@ -72,7 +73,7 @@ def kl_penalty(
                 f"clamp: expected None or 'openrlhf' with estimator {estimator!r} (verl clamps "
                 "k3 alone), got 'verl'"
             )
-    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(logprobs)
     logprobs, ref = logprobs.to(dtype), ref.to(dtype)
 
     backend = _backend.choose("kl_penalty", logprobs.device.type, dtype)

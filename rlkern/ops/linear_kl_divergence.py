@@ -25,6 +25,7 @@ from rlkern.ops._head import (
 )
 from rlkern.ops.kl_divergence import DivergenceArguments, checked_arguments
 from rlkern.reference.linear_token_logprobs import without_scale
+from rlkern.reference.token_logprobs import wide_dtype
 from rlkern.reference.vocab_divergence import STATE
 
 
@@ -102,10 +103,7 @@ def checked_reference_head(
         raise ValueError(
             f"ref_weight: expected {weight.shape[0]} rows (weight's vocabulary), got {w.shape[0]}"
         )
-    if h.dtype != hidden.dtype:
-        raise TypeError(f"ref_hidden: expected {hidden.dtype} (hidden's dtype), got {h.dtype}")
-    if h.device != hidden.device:
-        raise ValueError(f"ref_hidden: expected device {hidden.device} (hidden's), got {h.device}")
+    _checks.require_kind(h, "ref_hidden", hidden, "hidden")
     for name, factor in (("ref_hidden", h), ("ref_weight", w), ("ref_bias", b)):
         if factor is not None:
             _checks.without_gradient(factor, name)
@@ -191,7 +189,7 @@ def _autograd(ctx: Any, grad_value: Tensor, _: Any) -> Any:
 
 
 def _fake(hidden, *rest):
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(hidden)
     total = hidden.shape[0]
     return hidden.new_empty(total, dtype=dtype), hidden.new_empty((total, STATE), dtype=dtype)
 

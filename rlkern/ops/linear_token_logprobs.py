@@ -28,6 +28,7 @@ from rlkern.ops._vocab_parallel import Columns
 from rlkern.ops.policy_rows import RowArguments
 from rlkern.ops.token_logprobs import TokenLogprobs
 from rlkern.reference import linear_token_logprobs as reference
+from rlkern.reference.token_logprobs import wide_dtype
 
 #: What linear_token_logprobs also gives of its pass over the logits, as its fields are ordered.
 OUTPUTS = ("mean_logits", "is_top1", "log_sum_sq_probs")
@@ -232,7 +233,7 @@ def _forward(
     hidden, weight, bias, token_ids, mask, token_temperature, temperature, softcap, return_entropy,
     outputs, rows, invariant, wide, backend,
 ):  # fmt: skip
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(hidden)
     total = hidden.shape[0]
     # Masked tokens, which no chunk may hold, stay 0.
     logprobs = hidden.new_zeros(total, dtype=dtype)
@@ -323,7 +324,7 @@ class _Parallel(torch.autograd.Function):
 
 
 def _fake(hidden, weight, bias, *rest):
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(hidden)
     total, return_entropy, outputs = hidden.shape[0], rest[5], rest[6]
     return (
         hidden.new_empty((total,), dtype=dtype),

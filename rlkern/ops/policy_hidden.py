@@ -381,9 +381,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
     _register.refuse_create_graph("policy_loss_hidden")
-    final = _register.is_final(ctx.backend, grad_loss)
     grads = [
-        (grad if final else grad * grad_loss) if needs else None
+        _register.scaled(ctx.backend, grad, grad_loss) if needs else None
         for grad, needs in zip(ctx.saved_tensors, ctx.needs, strict=True)
     ]
     return *grads, *[None] * (ctx.arguments - 3)

@@ -19,7 +19,7 @@ from rlkern.ops._exact_kl import ReferenceLogits, with_kl
 from rlkern.ops._logits_kl import in_steps, rows_with_kl
 from rlkern.ops.policy_loss import METRICS, options, policy_loss
 from rlkern.ops.policy_rows import RowArguments, TokenArguments
-from rlkern.ops.token_logprobs import require_writable, token_logprobs
+from rlkern.ops.token_logprobs import require_consecutive, require_writable, token_logprobs
 from rlkern.reference import policy_loss as definition
 from rlkern.reference.aggregation import Denominators
 
@@ -82,24 +82,15 @@ def policy_loss_logits(
             return in_steps(
                 loss, logits, rows, batch, given, return_entropy, inplace, reference, backend
             )
-        number, per_token = rows.temperature, rows.token_temperature
         out = token_logprobs(
-            logits,
-            rows.token_ids,
-            mask=rows.mask,
-            temperature=number if per_token is None else per_token,
-            softcap=rows.softcap,
-            return_entropy=True,
+            logits, rows.token_ids, **rows.keywords(), return_entropy=True,
             inplace_backward=inplace,
-        )
+        )  # fmt: skip
         entropy = out.entropy if return_entropy else None
         return policy_loss(loss, batch._replace(logprobs=out.logprobs, entropy=entropy), given)
     if logits.stride(-1) != 1:
         if inplace:
-            raise ValueError(
-                "inplace=True: expected rows that are consecutive in memory, got logits with "
-                f"strides {logits.stride()}"
-            )
+            require_consecutive(logits, "inplace=True")
         logits = logits.contiguous()
     tokens = policy_rows.token_arguments(loss, batch, given)
     whole = whole_arguments(loss, batch, given)
@@ -192,12 +183,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
     _register.refuse_create_graph("policy_loss_logits")
     (grad,) = ctx.saved_tensors
-    if not _register.is_final(ctx.backend, grad_loss):
-        if grad.is_cuda and _register.may_give_away(grad_loss):
-            torch.ops.rlkern.scale_(grad, grad_loss)
-        else:
-            grad = grad * grad_loss
-    return grad, *[None] * (ctx.arguments - 1)
+    return _register.scaled(ctx.backend, grad, grad_loss), *[None] * (ctx.arguments - 1)
 
 
 def _fake(logits, *rest):

@@ -29,6 +29,12 @@ class RowArguments(NamedTuple):
     temperature: float
     softcap: float | None
 
+    def keywords(self) -> dict[str, Any]:
+        """As token_logprobs takes what stands beside token_ids."""
+        per_token = self.token_temperature
+        temperature = self.temperature if per_token is None else per_token
+        return {"mask": self.mask, "temperature": temperature, "softcap": self.softcap}
+
     def flat(self) -> RowArguments:
         mask, per_token = self.mask, self.token_temperature
         return RowArguments(

@@ -10,6 +10,7 @@ from torch import Tensor
 from rlkern import _backend
 from rlkern.ops import _checks, _register, _vocab_parallel
 from rlkern.reference import token_logprobs as reference
+from rlkern.reference.token_logprobs import per_row, wide_dtype
 
 
 class TokenLogprobs(NamedTuple):
@@ -170,6 +171,15 @@ def require_writable(logits: Tensor, option: str) -> None:
         )
 
 
+def require_consecutive(logits: Tensor, option: str) -> None:
+    """Refuses logits whose rows would be copied, and the gradient written over the copy."""
+    if logits.stride(-1) != 1:
+        raise ValueError(
+            f"{option}: expected rows that are consecutive in memory, got logits with strides "
+            f"{logits.stride()}"
+        )
+
+
 def _elements_share_memory(tensor: Tensor) -> bool:
     """Whether some dimension steps back into what the dimensions of smaller stride span."""
     # Traced code runs the out-of-place backward, and sizes may be symbols there.
@@ -284,12 +294,8 @@ def _register_autograd() -> None:
 # ---- shapes without values --------------------------------------------------------------------
 
 
-def _state_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
 def _fake(logits, token_ids, mask, token_temperature, temperature, softcap, return_entropy):
-    dtype = _state_dtype(logits)
+    dtype = wide_dtype(logits)
     shape = logits.shape[:-1]
     return (
         logits.new_empty(shape, dtype=dtype),
@@ -299,15 +305,6 @@ def _fake(logits, token_ids, mask, token_temperature, temperature, softcap, retu
 
 
 # ---- backends in Python -----------------------------------------------------------------------
-
-
-def _flat(logits: Tensor, value: Tensor | None, otherwise: Any) -> Tensor:
-    """One value per row of logits [N, V], so that the formulas need no special case."""
-    rows = logits.shape[:-1].numel()
-    if value is not None:
-        return value.reshape(rows)
-    dtype = torch.bool if otherwise is True else _state_dtype(logits)
-    return torch.full((rows,), otherwise, dtype=dtype, device=logits.device)
 
 
 def _reference_forward(
@@ -320,8 +317,8 @@ def _reference_forward(
     logprobs, entropy, state = reference.forward(
         logits.reshape(-1, logits.shape[-1]),
         token_ids.reshape(-1),
-        _flat(logits, mask, True),
-        _flat(logits, token_temperature, temperature),
+        per_row(logits, mask, True),
+        per_row(logits, token_temperature, temperature),
         softcap,
     )
     entropy = entropy.view(shape) if return_entropy else entropy.new_empty(0)
@@ -333,15 +330,15 @@ def _reference_backward(
     logprobs, entropy, state,
 ):  # fmt: skip
     grad = reference.backward(
-        _flat(logits, grad_logprobs, 0.0),
-        _flat(logits, grad_entropy, 0.0),
+        per_row(logits, grad_logprobs, 0.0),
+        per_row(logits, grad_entropy, 0.0),
         logits.reshape(-1, logits.shape[-1]),
         token_ids.reshape(-1),
-        _flat(logits, mask, True),
-        _flat(logits, token_temperature, temperature),
+        per_row(logits, mask, True),
+        per_row(logits, token_temperature, temperature),
         softcap,
         logprobs.reshape(-1),
-        _flat(logits, entropy if entropy.numel() else None, 0.0),
+        per_row(logits, entropy if entropy.numel() else None, 0.0),
         state.reshape(-1, 2),
     )
     return grad.view(logits.shape)
@@ -373,8 +370,8 @@ def _outputs(state, logits, token_ids, mask, token_temperature, temperature, sof
     given = (
         logits.reshape(-1, vocab),
         token_ids.reshape(-1),
-        _flat(logits, mask, True),
-        _flat(logits, token_temperature, temperature),
+        per_row(logits, mask, True),
+        per_row(logits, token_temperature, temperature),
         state.reshape(-1, 2),
     )
     parts = zip(*(x.split(max(_OUTPUTS_BYTES // (4 * vocab), 1)) for x in given), strict=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from rlkern import _backend
 from rlkern.ops import _checks, _register
 from rlkern.reference import whiten as reference
+from rlkern.reference.token_logprobs import wide_dtype
 from rlkern.reference.whiten import EPS_MODES, WhitenOptions
 
 
@@ -69,7 +70,7 @@ def whiten(
         _check_only_shifts(shift_mean, unbiased, eps, eps_mode)
     if group is not None:
         _check_group(group)
-    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(tensor)
     tensor = tensor.to(dtype).contiguous()
     options = WhitenOptions(shift_mean, scale, unbiased, eps, eps_mode)
 

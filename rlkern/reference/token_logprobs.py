@@ -19,6 +19,20 @@ def capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None
     return softcap * tanh, 1 - tanh**2
 
 
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """What is computed in, and comes out: fp64 for fp64, fp32 for all else."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def per_row(logits: Tensor, value: Tensor | None, otherwise: bool | float) -> Tensor:
+    """One value per row of logits [..., V], [N], so that the formulas need no special case."""
+    rows = logits.shape[:-1].numel()
+    if value is not None:
+        return value.reshape(rows)
+    dtype = torch.bool if otherwise is True else wide_dtype(logits)
+    return torch.full((rows,), otherwise, dtype=dtype, device=logits.device)
+
+
 def relative(y: Tensor, temperature: Tensor, top: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """z - max(z) per row for z = y / temperature, and the maximum of y, if it is not given.
 

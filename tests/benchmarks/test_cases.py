@@ -6,13 +6,18 @@ import sys
 import pytest
 import torch
 
+from benchmarks import bench_from_logits as from_logits
 from benchmarks import bench_group_advantages as groups
+from benchmarks import bench_kl_divergence as divergence
 from benchmarks import bench_kl_penalty as kl
+from benchmarks import bench_linear as linear
 from benchmarks import bench_policy_loss as policy
+from benchmarks import bench_return_scan as scans
 from benchmarks import bench_step as step
+from benchmarks import bench_token_logprobs as logprobs
 from benchmarks import bench_value_loss as value
 from benchmarks import bench_whiten as whiten
-from benchmarks import peers
+from benchmarks import ceilings, peers
 
 CASES = {
     "group_advantages": lambda: groups.GroupAdvantages(**groups.QUICK_SHAPE, cache="warm"),
@@ -56,6 +61,32 @@ def test_contestants_are_right_and_spoilt_ones_are_wrong(name):
                 lost = case.errors(contestant.task, outputs).values()
                 assert not all(error <= case.tolerance for error in lost), contestant.key
                 tensor.copy_(kept)
+
+
+#: Those whose contestants are judged in files of their own, too.
+RESTORED = CASES | {
+    "from_hidden": lambda: linear.FromHidden(**linear.QUICK_SHAPE),
+    "from_logits": lambda: from_logits.FromLogits(**from_logits.QUICK_SHAPE, dtype="bfloat16"),
+    "kl_divergence": lambda: divergence.KlDivergence(**divergence.QUICK_SHAPE, dtype="bfloat16"),
+    "linear_token_logprobs": lambda: linear.LinearTokenLogprobs(**linear.QUICK_SHAPE),
+    "return_scan": lambda: scans.ReturnScans(**scans.QUICK_SHAPE),
+    "token_logprobs": lambda: logprobs.TokenLogprobs(**logprobs.QUICK_SHAPE, dtype="bfloat16"),
+    "training_step": lambda: step.TrainingStep(**step.QUICK_SHAPE),
+}
+
+
+@pytest.mark.parametrize("name", RESTORED)
+def test_every_call_has_the_inputs_that_were_judged(name):
+    """Whatever the ceilings, which scale the bulk tensor's bytes, have done before it."""
+    case = RESTORED[name]()
+
+    def values():
+        found = [x for x in case.prepare(case.contestants[0].task) if isinstance(x, torch.Tensor)]
+        return [*found, case.bulk] if name == "training_step" else found
+
+    before = [x.detach().clone() for x in values()]
+    ceilings.candidates(case.bulk)["ceiling/scale/mul_"]()
+    assert all(torch.equal(x, y) for x, y in zip(before, values(), strict=True))
 
 
 class TestStep:

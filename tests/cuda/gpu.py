@@ -74,3 +74,13 @@ def captured(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     with torch.cuda.graph(graph):
         outputs = step()
     return graph, outputs
+
+
+def assert_compiles_whole(function, x):
+    """The loss that a function makes of a tensor has the same gradient inside torch.compile."""
+    gradients = []
+    for run in (function, torch.compile(function, fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        run(leaf).backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)

@@ -239,12 +239,7 @@ def test_compiles_whole():
     def run(x):
         return loss(x, advantages, **batch).loss
 
-    gradients = []
-    for function in (run, torch.compile(run, fullgraph=True)):
-        leaf = logprobs.clone().requires_grad_()
-        function(leaf).backward()
-        gradients.append(leaf.grad)
-    assert torch.equal(*gradients)
+    gpu.assert_compiles_whole(run, logprobs)
 
 
 def test_tensors_of_two_devices_are_refused():

@@ -305,12 +305,7 @@ def test_compiles_whole():
     def run(x):
         return LOSS.from_logits(x, ids, advantages, **given).loss
 
-    gradients = []
-    for function in (run, torch.compile(run, fullgraph=True)):
-        leaf = logits.clone().requires_grad_()
-        function(leaf).backward()
-        gradients.append(leaf.grad)
-    assert torch.equal(*gradients)
+    gpu.assert_compiles_whole(run, logits)
 
 
 def test_tensors_of_two_devices_are_refused():

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from rlkern_loops.rollout import sample
 from rlkern_loops.tasks import Addition
 from rlkern_loops.tiny import char_tokenizer, tiny_gpt2
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -38,6 +39,18 @@ def tokenizer(task):
 def policy(tokenizer):
     torch.manual_seed(0)
     return tiny_gpt2(tokenizer, hidden_size=16, num_layers=2, num_heads=2)
+
+
+@pytest.fixture
+def written(policy, tokenizer):
+    """Twelve completions of three prompts, of different lengths."""
+    torch.manual_seed(3)
+    written = sample(
+        policy, tokenizer, ["07+85=", "1+1=", "30+4="], max_new_tokens=9, temperature=1.0,
+        group_size=4,
+    )  # fmt: skip
+    assert len(set(written.mask.sum(1).tolist())) > 3
+    return written
 
 
 @pytest.fixture(scope="session")

@@ -116,14 +116,8 @@ def test_every_option_runs(short, records, options):
 
 
 @pytest.fixture
-def batch(policy, tokenizer):
-    """Twelve completions of different lengths in groups of four, with advantages."""
-    torch.manual_seed(3)
-    written = sample(
-        policy, tokenizer, ["07+85=", "1+1=", "30+4="], max_new_tokens=9, temperature=1.0,
-        group_size=4,
-    )  # fmt: skip
-    assert len(set(written.mask.sum(1).tolist())) > 3
+def batch(policy, written):
+    """Twelve completions in groups of four, with advantages."""
     old = logprobs_of(policy, written, GRPOConfig())
     # As if the policy had moved on: ratios on both sides of 1, and of the clip range.
     old = old + 0.5 * torch.randn(old.shape)

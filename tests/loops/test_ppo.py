@@ -18,7 +18,7 @@ from rlkern_loops.ppo import (
     train,
     update,
 )
-from rlkern_loops.rollout import completion_hidden, sample
+from rlkern_loops.rollout import completion_hidden
 from rlkern_loops.tiny import tiny_classifier
 
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
@@ -60,18 +60,6 @@ def test_the_adaptive_coefficient_is_zieglers(kl, factor):
     fixed = AdaptiveKL(0.2, target=None, horizon=1000)
     fixed.update(kl, completions=100)
     assert fixed.kl_coef == 0.2
-
-
-@pytest.fixture
-def written(policy, tokenizer):
-    """Twelve completions of different lengths."""
-    torch.manual_seed(3)
-    written = sample(
-        policy, tokenizer, ["07+85=", "1+1=", "30+4="], max_new_tokens=9, temperature=1.0,
-        group_size=4,
-    )  # fmt: skip
-    assert len(set(written.mask.sum(1).tolist())) > 3
-    return written
 
 
 def a_critic(policy, folders, **options):

@@ -142,6 +142,25 @@ def from_hidden(loss, batch, upstream=1.0, temperature=1.0, **options):
     return out.loss.detach(), vector, hidden.grad, weight.grad
 
 
+def opcheck_all(monkeypatch, names, run):
+    """Runs torch's opcheck on each call of the operators of these names that `run` makes."""
+    calls = []
+    for name in names:
+        packet = getattr(torch.ops.rlkern, name)
+        monkeypatch.setattr(
+            torch.ops.rlkern, name, lambda *args, packet=packet: calls.append((packet, args)) or
+            packet(*args),
+        )  # fmt: skip
+    run()
+    monkeypatch.undo()
+    assert {packet for packet, _ in calls} == {getattr(torch.ops.rlkern, n) for n in names}
+    for packet, args in calls:
+        args = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+                for x in args]  # fmt: skip
+        torch.library.opcheck(packet, args)
+    return len(calls)
+
+
 def single(dtype):
     """The kernels' tests run in fp32; the fp64 backend runs in fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

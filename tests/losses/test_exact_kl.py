@@ -16,6 +16,7 @@ from heads import (
     from_logits,
     in_steps,
     near,
+    opcheck_all,
     single,
 )
 from torch.utils.checkpoint import checkpoint
@@ -307,24 +308,16 @@ def test_autocast(backend):
 def test_opcheck(backend, monkeypatch):
     if not backend.is_kernel:
         pytest.skip("eager PyTorch has no operator of its own for these")
-    calls = []
-    for name in ("policy_loss_logits", "policy_loss_hidden", "policy_loss_sequences"):
-        packet = getattr(torch.ops.rlkern, name)
-        monkeypatch.setattr(
-            torch.ops.rlkern, name, lambda *args, packet=packet: calls.append((packet, args)) or
-            packet(*args),
-        )  # fmt: skip
-    for name in ("ppo", "gspo"):
-        batch = ExactBatch(EXACT[name])
-        from_hidden(EXACT[name], batch, **batch.of_hidden)
-        if name == "ppo":
-            from_logits(EXACT[name], batch, **batch.of_logits)
-    monkeypatch.undo()
-    assert len(calls) == 3
-    for packet, args in calls:
-        args = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
-                for x in args]  # fmt: skip
-        torch.library.opcheck(packet, args)
+
+    def run():
+        for name in ("ppo", "gspo"):
+            batch = ExactBatch(EXACT[name])
+            from_hidden(EXACT[name], batch, **batch.of_hidden)
+            if name == "ppo":
+                from_logits(EXACT[name], batch, **batch.of_logits)
+
+    operators = ("policy_loss_logits", "policy_loss_hidden", "policy_loss_sequences")
+    assert opcheck_all(monkeypatch, operators, run) == 3
 
 
 def test_batch_invariant(backend):

@@ -10,7 +10,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from heads import LOSSES, HeadBatch, from_hidden, from_logits, in_steps, near, single
+from heads import (
+    LOSSES,
+    HeadBatch,
+    from_hidden,
+    from_logits,
+    in_steps,
+    near,
+    opcheck_all,
+    single,
+)
 from torch.utils.checkpoint import checkpoint
 
 import rlkern
@@ -390,21 +399,12 @@ def test_opcheck(backend, monkeypatch):
         pytest.skip("eager PyTorch has no operator of its own for these")
     loss = LOSSES["grpo"]
     batch = HeadBatch(loss)
-    calls = []
-    for name in ("policy_loss_logits", "policy_loss_hidden"):
-        packet = getattr(torch.ops.rlkern, name)
-        monkeypatch.setattr(
-            torch.ops.rlkern, name, lambda *args, packet=packet: calls.append((packet, args)) or
-            packet(*args),
-        )  # fmt: skip
-    from_logits(loss, batch)
-    from_hidden(loss, batch)
-    monkeypatch.undo()
-    assert len(calls) == 2
-    for packet, args in calls:
-        args = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
-                for x in args]  # fmt: skip
-        torch.library.opcheck(packet, args)
+
+    def run():
+        from_logits(loss, batch)
+        from_hidden(loss, batch)
+
+    assert opcheck_all(monkeypatch, ("policy_loss_logits", "policy_loss_hidden"), run) == 2
 
 
 def test_repeats_bit_for_bit(backend):

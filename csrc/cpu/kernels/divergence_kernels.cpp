@@ -1,6 +1,7 @@
 // The divergence between two rows of logits and its gradient, compiled once per instruction set
 // (see CMakeLists.txt). Two exponentials an element: the larger of p and q, and the ratio of both.
 
+#include "leaf.h"
 #include "row_values.h"
 #include "simd_log.h"
 
@@ -120,10 +121,6 @@ void gradient(const DivergenceRow& row, float mean, float upstream, void* grad) 
 }  // namespace
 }  // namespace rlkern
 
-#define RLKERN_JOIN_(a, b) a##b
-#define RLKERN_JOIN(a, b) RLKERN_JOIN_(a, b)
-#define RLKERN_STRING_(a) #a
-#define RLKERN_STRING(a) RLKERN_STRING_(a)
 #define RLKERN_OF_TYPES(function, kind)                                                 \
   {rlkern::function<kind, rlkern::FloatType>, rlkern::function<kind, rlkern::HalfType>, \
    rlkern::function<kind, rlkern::BFloat16Type>}
@@ -132,8 +129,8 @@ void gradient(const DivergenceRow& row, float mean, float upstream, void* grad) 
    RLKERN_OF_TYPES(function, rlkern::Divergence::kReverseKl), \
    RLKERN_OF_TYPES(function, rlkern::Divergence::kJensenShannon)}
 
-extern "C" const rlkern::DivergenceKernels RLKERN_JOIN(rlkern_divergence_kernels_, RLKERN_ISA) = {
-    RLKERN_STRING(RLKERN_ISA),
+extern "C" const rlkern::DivergenceKernels RLKERN_LEAF(rlkern_divergence_kernels) = {
+    RLKERN_ISA_NAME,
     RLKERN_OF_KINDS(sums),
     RLKERN_OF_KINDS(gradient),
 };

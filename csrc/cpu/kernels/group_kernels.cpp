@@ -3,6 +3,7 @@
 
 #include "group_kernels.h"
 
+#include "leaf.h"
 #include "simd_double.h"
 
 namespace rlkern {
@@ -145,10 +146,7 @@ void advantages(const GroupOptions& o, const GroupSummary& batch, const GroupedR
 }  // namespace
 }  // namespace rlkern
 
-#define RLKERN_JOIN_(a, b) a##b
-#define RLKERN_JOIN(a, b) RLKERN_JOIN_(a, b)
-
-extern "C" const rlkern::GroupKernels RLKERN_JOIN(rlkern_group_kernels_, RLKERN_ISA) = {
+extern "C" const rlkern::GroupKernels RLKERN_LEAF(rlkern_group_kernels) = {
     rlkern::span,
     rlkern::advantages,
 };

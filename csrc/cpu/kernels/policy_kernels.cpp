@@ -8,10 +8,10 @@
 
 #include "policy_kernels.h"
 
-// clang-format off: the formulas find the vectors' exp and log by their declarations before them.
-#include "token_blocks.h"
 #include "../../common/policy_sequence.h"
+#include "leaf.h"
 #include "policy_clip.h"
+#include "token_blocks.h"
 // clang-format on
 
 namespace rlkern {
@@ -124,10 +124,7 @@ void policy(const PolicyOptions& o, const PolicySequence& s, GradientScales scal
 }  // namespace
 }  // namespace rlkern
 
-#define RLKERN_JOIN_(a, b) a##b
-#define RLKERN_JOIN(a, b) RLKERN_JOIN_(a, b)
-
-extern "C" const rlkern::TokenKernels RLKERN_JOIN(rlkern_token_kernels_, RLKERN_ISA) = {
+extern "C" const rlkern::TokenKernels RLKERN_LEAF(rlkern_token_kernels) = {
     rlkern::policy,
     rlkern::count,
 };

@@ -4,6 +4,7 @@
 #include "return_kernels.h"
 
 #include "block_scan.h"
+#include "leaf.h"
 
 namespace rlkern {
 namespace {
@@ -167,10 +168,7 @@ void scan_bwd(const ReturnOptions& o, const ReturnGradSequence& s) {
 }  // namespace
 }  // namespace rlkern
 
-#define RLKERN_JOIN_(a, b) a##b
-#define RLKERN_JOIN(a, b) RLKERN_JOIN_(a, b)
-
-extern "C" const rlkern::ReturnKernels RLKERN_JOIN(rlkern_return_kernels_, RLKERN_ISA) = {
+extern "C" const rlkern::ReturnKernels RLKERN_LEAF(rlkern_return_kernels) = {
     rlkern::scan,
     rlkern::scan_bwd,
 };

@@ -6,6 +6,7 @@
 
 #include "row_kernels.h"
 
+#include "leaf.h"
 #include "row_values.h"
 
 namespace rlkern {
@@ -304,13 +305,8 @@ void backward_from_kept(const LogitRow& row, const RowBackward& grad, const RowK
 }  // namespace
 }  // namespace rlkern
 
-#define RLKERN_JOIN_(a, b) a##b
-#define RLKERN_JOIN(a, b) RLKERN_JOIN_(a, b)
-#define RLKERN_STRING_(a) #a
-#define RLKERN_STRING(a) RLKERN_STRING_(a)
-
-extern "C" const rlkern::RowKernels RLKERN_JOIN(rlkern_row_kernels_, RLKERN_ISA) = {
-    RLKERN_STRING(RLKERN_ISA),
+extern "C" const rlkern::RowKernels RLKERN_LEAF(rlkern_row_kernels) = {
+    RLKERN_ISA_NAME,
     {rlkern::forward<rlkern::FloatType>, rlkern::forward<rlkern::HalfType>,
      rlkern::forward<rlkern::BFloat16Type>},
     {rlkern::backward<rlkern::FloatType>, rlkern::backward<rlkern::HalfType>,

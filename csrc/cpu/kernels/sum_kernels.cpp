@@ -3,6 +3,7 @@
 
 #include "sum_kernels.h"
 
+#include "leaf.h"
 #include "simd.h"
 
 namespace rlkern {
@@ -33,10 +34,7 @@ void add(float* sum, const void* part, long long size) {
 }  // namespace
 }  // namespace rlkern
 
-#define RLKERN_JOIN_(a, b) a##b
-#define RLKERN_JOIN(a, b) RLKERN_JOIN_(a, b)
-
-extern "C" const rlkern::SumKernels RLKERN_JOIN(rlkern_sum_kernels_, RLKERN_ISA) = {
+extern "C" const rlkern::SumKernels RLKERN_LEAF(rlkern_sum_kernels) = {
     {rlkern::add<rlkern::FloatType>, rlkern::add<rlkern::HalfType>,
      rlkern::add<rlkern::BFloat16Type>},
 };

@@ -3,6 +3,8 @@
 
 // clang-format off: the formulas find the vectors' exp and log by their declarations before them.
 #include "token_blocks.h"
+
+#include "leaf.h"
 #include "value_kernels.h"
 // clang-format on
 
@@ -65,10 +67,7 @@ void kl(KlEstimator estimator, KlClamp clamp, const KlTokens& s) {
 }  // namespace
 }  // namespace rlkern
 
-#define RLKERN_JOIN_(a, b) a##b
-#define RLKERN_JOIN(a, b) RLKERN_JOIN_(a, b)
-
-extern "C" const rlkern::ValueKernels RLKERN_JOIN(rlkern_value_kernels_, RLKERN_ISA) = {
+extern "C" const rlkern::ValueKernels RLKERN_LEAF(rlkern_value_kernels) = {
     rlkern::value,
     rlkern::count,
     rlkern::kl,

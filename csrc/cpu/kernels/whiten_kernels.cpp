@@ -3,6 +3,7 @@
 
 #include "whiten_kernels.h"
 
+#include "leaf.h"
 #include "simd_double.h"
 
 namespace rlkern {
@@ -75,10 +76,7 @@ void whiten(const Whitening& w, const float* x, const unsigned char* mask, long 
 }  // namespace
 }  // namespace rlkern
 
-#define RLKERN_JOIN_(a, b) a##b
-#define RLKERN_JOIN(a, b) RLKERN_JOIN_(a, b)
-
-extern "C" const rlkern::WhitenKernels RLKERN_JOIN(rlkern_whiten_kernels_, RLKERN_ISA) = {
+extern "C" const rlkern::WhitenKernels RLKERN_LEAF(rlkern_whiten_kernels) = {
     rlkern::moments,
     rlkern::whiten,
 };
