@@ -8,11 +8,12 @@
 
 #include "policy_kernels.h"
 
-#include "../../common/policy_sequence.h"
-#include "leaf.h"
-#include "policy_clip.h"
+// clang-format off: the formulas find the vectors' exp and log by their declarations before them.
 #include "token_blocks.h"
+#include "../../common/policy_sequence.h"
+#include "policy_clip.h"
 // clang-format on
+#include "leaf.h"
 
 namespace rlkern {
 namespace {

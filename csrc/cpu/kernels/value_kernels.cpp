@@ -3,10 +3,9 @@
 
 // clang-format off: the formulas find the vectors' exp and log by their declarations before them.
 #include "token_blocks.h"
-
-#include "leaf.h"
 #include "value_kernels.h"
 // clang-format on
+#include "leaf.h"
 
 namespace rlkern {
 namespace {
