@@ -55,24 +55,29 @@ RLKERN_INLINE GroupOptions over_batch(const GroupOptions& o) {
 }
 
 // Sums over the rewards of a group that are not NaN, as rises above one of them (`shift`): equal
-// rewards rise by exactly 0, and 1e6 + {0, 1} lose nothing.
-struct GroupSums {
-  double size;
-  double shift;
-  double rise;
-  double rise_squared;
-  double length;       // sum of lengths
-  double length_rise;  // sum of length * rise
+// rewards rise by exactly 0, and 1e6 + {0, 1} lose nothing. `Number` is double, or a vector of
+// doubles with one group a lane.
+template <typename Number>
+struct GroupSumsOf {
+  Number size;
+  Number shift;
+  Number rise;
+  Number rise_squared;
+  Number length;       // sum of lengths
+  Number length_rise;  // sum of length * rise
 };
+typedef GroupSumsOf<double> GroupSums;
 
 // What a reward's advantage needs to know of its group.
-struct GroupSummary {
-  double size;
-  double shift;
-  double mean_rise;      // mean - shift
-  double deviation;      // standard deviation
-  double weighted_rise;  // length-weighted mean - shift
+template <typename Number>
+struct GroupSummaryOf {
+  Number size;
+  Number shift;
+  Number mean_rise;      // mean - shift
+  Number deviation;      // standard deviation
+  Number weighted_rise;  // length-weighted mean - shift
 };
+typedef GroupSummaryOf<double> GroupSummary;
 
 RLKERN_INLINE double square_root(double x) {
 #if defined(__CUDA_ARCH__)
@@ -82,28 +87,36 @@ RLKERN_INLINE double square_root(double x) {
 #endif
 }
 
-RLKERN_INLINE GroupSummary group_summary(const GroupOptions& o, const GroupSums& s) {
-  GroupSummary g;
-  const double n = s.size > 1 ? s.size : 1;
+template <typename Number>
+RLKERN_INLINE GroupSummaryOf<Number> group_summary(const GroupOptions& o,
+                                                   const GroupSumsOf<Number>& s) {
+  GroupSummaryOf<Number> g;
+  const Number zero = {}, unit = zero + 1.0;
   g.size = s.size;
   g.shift = s.shift;
-  g.mean_rise = s.rise / n;
-  const double squares = s.rise_squared - s.rise * g.mean_rise;
-  const double degrees = o.unbiased ? s.size - 1 : s.size;
+  g.mean_rise = s.rise / (s.size > unit ? s.size : unit);
+  const Number squares = s.rise_squared - s.rise * g.mean_rise;
+  const Number degrees = o.unbiased ? s.size - 1.0 : s.size;
   // Rounding may take it below 0.
-  g.deviation = square_root((squares < 0 ? 0 : squares) / (degrees > 1 ? degrees : 1));
-  g.weighted_rise = s.length > 0 ? s.length_rise / s.length : g.mean_rise;
+  g.deviation = square_root((squares < zero ? zero : squares) / (degrees > unit ? degrees : unit));
+  g.weighted_rise = g.mean_rise;
+  if (o.baseline == GroupBaseline::kLengthWeighted) {
+    g.weighted_rise = s.length > zero ? s.length_rise / s.length : g.mean_rise;
+  }
   return g;
 }
 
 // Those of two parts of a group joined, about the first one's reward.
-RLKERN_INLINE GroupSums merged(const GroupSums& a, const GroupSums& b) {
-  if (a.size == 0) return b;
-  const double step = b.size > 0 ? b.shift - a.shift : 0;
+template <typename Number>
+RLKERN_INLINE GroupSumsOf<Number> merged(const GroupSumsOf<Number>& a,
+                                         const GroupSumsOf<Number>& b) {
+  const Number zero = {};
+  const Number shift = a.size == zero ? b.shift : a.shift;
+  const Number step = b.size > zero ? b.shift - shift : zero;
   return {a.size + b.size,
-          a.shift,
+          shift,
           a.rise + b.rise + b.size * step,
-          a.rise_squared + b.rise_squared + (2 * b.rise + b.size * step) * step,
+          a.rise_squared + b.rise_squared + (2.0 * b.rise + b.size * step) * step,
           a.length + b.length,
           a.length_rise + b.length_rise + b.length * step};
 }
@@ -111,54 +124,73 @@ RLKERN_INLINE GroupSums merged(const GroupSums& a, const GroupSums& b) {
 // An advantage is (x - centre) * factor of every x in the group, and 0 where the factor is: of
 // the reward itself, less `given`, or of its lead (group_subject). An infinite reward makes the
 // centre NaN, never the factor 0.
-struct GroupForm {
-  double centre;
-  double factor;
+template <typename Number>
+struct GroupFormOf {
+  Number centre;
+  Number factor;
 
-  RLKERN_HD double advantage(double x) const { return factor == 0 ? 0 : (x - centre) * factor; }
+  RLKERN_HD Number advantage(Number x) const {
+    const Number zero = {};
+    return factor == zero ? zero : (x - centre) * factor;
+  }
 };
+typedef GroupFormOf<double> GroupForm;
 
 // An infinite reward lets no sum of rises be finite, whichever reward they rise from.
-RLKERN_INLINE bool has_infinity(const GroupSummary& s) { return s.mean_rise - s.mean_rise != 0; }
+template <typename Number>
+RLKERN_INLINE auto has_infinity(const GroupSummaryOf<Number>& s) {
+  return s.mean_rise - s.mean_rise != Number{};
+}
 
-RLKERN_INLINE GroupForm group_form(const GroupOptions& o, const GroupSummary& group,
-                                   const GroupSummary& batch) {
-  if ((o.uses_group() && has_infinity(group)) || (o.uses_batch() && has_infinity(batch))) {
-    return {__builtin_nan(""), 1};
-  }
-  const bool one = group.size == 1, one_in_batch = batch.size == 1;
-  if (!o.raw && ((o.uses_group() && one) || (o.uses_batch() && one_in_batch))) return {0, 0};
-  GroupForm form = {0, 1};
+// Branches go by the options alone, so that a vector's groups go through together.
+template <typename Number>
+RLKERN_INLINE GroupFormOf<Number> group_form(const GroupOptions& o,
+                                             const GroupSummaryOf<Number>& group,
+                                             const GroupSummary& batch) {
+  const Number zero = {}, unit = zero + 1.0;
+  const auto one = group.size == unit;
+  const bool one_in_batch = batch.size == 1;
+  const Number mean = one ? zero : group.shift + group.mean_rise;
+  Number centre = zero, factor = unit;
   switch (o.baseline) {
     case GroupBaseline::kMean:
-      if (!one) form.centre = group.shift + group.mean_rise;
+      centre = mean;
       break;
     case GroupBaseline::kLeaveOneOut:
       // s - (sum - s) / (n - 1) = (s - mean) n / (n - 1)
-      if (!one) form = {group.shift + group.mean_rise, group.size / (group.size - 1)};
+      centre = mean;
+      factor = one ? unit : group.size / (group.size - 1.0);
       break;
     case GroupBaseline::kLengthWeighted:
-      if (!one) form.centre = group.shift + group.weighted_rise;
+      centre = one ? zero : group.shift + group.weighted_rise;
       break;
     case GroupBaseline::kBatchMean:
-      if (!one_in_batch) form.centre = batch.shift + batch.mean_rise;
+      if (!one_in_batch) centre = zero + (batch.shift + batch.mean_rise);
       break;
     default:
       break;
   }
-  if (o.scale == GroupScale::kNone) return form;
   if (o.scale == GroupScale::kMean) {
-    const double mean = one ? 1 : group.shift + group.mean_rise;
-    form.factor = mean > 0 ? form.factor / (mean + o.eps) : 0;
-    return form;
+    const Number scale = one ? unit : mean;
+    factor = scale > zero ? factor / (scale + o.eps) : zero;
+  } else if (o.scale != GroupScale::kNone) {
+    Number deviation = one ? unit : group.deviation;
+    if (o.scale == GroupScale::kBatchStd) {
+      deviation = zero + (one_in_batch ? 1 : batch.deviation);
+    }
+    factor = factor / (deviation + o.eps);
+    // Equal rewards have no direction, whatever they are compared with.
+    if (o.baseline != GroupBaseline::kNone) factor = deviation == zero ? zero : factor;
   }
-  const bool over_group = o.scale == GroupScale::kStd;
-  const bool single = over_group ? one : one_in_batch;
-  const double deviation = single ? 1 : (over_group ? group.deviation : batch.deviation);
-  // Equal rewards have no direction, whatever they are compared with.
-  const bool flat = o.baseline != GroupBaseline::kNone && deviation == 0;
-  form.factor = flat ? 0 : form.factor / (deviation + o.eps);
-  return form;
+  if (!o.raw && o.uses_group()) factor = one ? zero : factor;
+  if (!o.raw && o.uses_batch() && one_in_batch) factor = zero;
+  const Number nan = zero + __builtin_nan("");
+  if (o.uses_group()) {
+    centre = has_infinity(group) ? nan : centre;
+    factor = has_infinity(group) ? unit : factor;
+  }
+  if (o.uses_batch() && has_infinity(batch)) return {nan, unit};
+  return {centre, factor};
 }
 
 // Of a reward that is not NaN. `lead` is the best reward less the second best for the group's best

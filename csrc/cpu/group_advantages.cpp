@@ -50,26 +50,6 @@ struct Best {
   }
 };
 
-// The sums of a group whose rewards come from anywhere: what most baselines need fits into half a
-// cache line, and what the lengths add has a place of its own.
-struct alignas(32) Rises {
-  double size, shift, rise, rise_squared;
-
-  // Adds a reward that is not NaN, and returns its rise.
-  double add(double x) {
-    shift = size == 0 ? x : shift;
-    const double above = x - shift;
-    size += 1;
-    rise += above;
-    rise_squared += above * above;
-    return above;
-  }
-};
-
-struct Lengths {
-  double length, rise;
-};
-
 template <typename T>
 GroupSummary batch_summary(const GroupOptions& o, const Column<T>& x, int64_t rows) {
   const int64_t chunks = (rows + kTokenGrain - 1) / kTokenGrain;
@@ -77,11 +57,16 @@ GroupSummary batch_summary(const GroupOptions& o, const Column<T>& x, int64_t ro
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
       const int64_t end = (c + 1) * kTokenGrain < rows ? (c + 1) * kTokenGrain : rows;
-      Rises s = {};
+      GroupSums s = {};
       for (int64_t i = c * kTokenGrain; i < end; ++i) {
-        if (x[i] == x[i]) s.add(x[i]);
+        if (x[i] != x[i]) continue;
+        s.shift = s.size == 0 ? x[i] : s.shift;
+        const double rise = x[i] - s.shift;
+        s.size += 1;
+        s.rise += rise;
+        s.rise_squared += rise * rise;
       }
-      sums[c] = {s.size, s.shift, s.rise, s.rise_squared, 0, 0};
+      sums[c] = s;
     }
   });
   GroupSums all = {};
@@ -100,7 +85,10 @@ ScatteredGroups scattered_groups(const GroupArguments& g, const GroupNumbers& nu
                                  const GroupSummary& batch) {
   const GroupOptions& o = g.options;
   const Column<float> x = {g.rewards + k, g.columns};
-  const int64_t groups = numbers.count();
+  const ScatteredRewards scattered = numbers.of(g.rewards, g.columns, k);
+  // With empty ones behind the last, which no reward is in.
+  const int64_t steps = (numbers.count() + kGroupStep - 1) / kGroupStep;
+  const int64_t groups = steps * kGroupStep;
   // Parts large enough that their own sums of all groups are the smaller work.
   const int64_t parts = std::clamp<int64_t>(g.rows / std::max(2 * groups, 2 * kTokenGrain), 1, 16);
   const std::unique_ptr<Rises[]> rises(new Rises[parts * groups]);
@@ -109,29 +97,22 @@ ScatteredGroups scattered_groups(const GroupArguments& g, const GroupNumbers& nu
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t p = first; p < last; ++p) {
       Rises* part = rises.get() + p * groups;
+      const int64_t begin = g.rows * p / parts, end = g.rows * (p + 1) / parts;
       std::fill_n(part, groups, Rises{});
-      for (int64_t i = g.rows * p / parts; i < g.rows * (p + 1) / parts; ++i) {
+      group_kernels().add(scattered, begin, end, part);
+      if (lengths == nullptr) continue;
+      for (int64_t i = begin; i < end; ++i) {
         if (x[i] != x[i]) continue;
-        const double rise = part[numbers[i]].add(x[i]);
-        if (lengths == nullptr) continue;
-        Lengths* weighted = &lengths[p * groups + numbers[i]];
-        weighted->length += g.lengths[i];
-        weighted->rise += g.lengths[i] * rise;
+        const int64_t n = numbers[i];
+        lengths[p * groups + n].length += g.lengths[i];
+        lengths[p * groups + n].rise += g.lengths[i] * (x[i] - part[n].shift);
       }
     }
   });
-  const auto sums = [&](int64_t at) -> GroupSums {
-    const Rises& r = rises[at];
-    const Lengths w = lengths != nullptr ? lengths[at] : Lengths{};
-    return {r.size, r.shift, r.rise, r.rise_squared, w.length, w.rise};
-  };
   ScatteredGroups result = {std::unique_ptr<GroupForm[]>(new GroupForm[groups]), {}};
-  torch::stable::parallel_for(0, groups, kTokenGrain / 8, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      GroupSums all = sums(n);
-      for (int64_t p = 1; p < parts; ++p) all = merged(all, sums(p * groups + n));
-      result.forms[n] = group_form(o, group_summary(o, all), batch);
-    }
+  const GroupParts all = {rises.get(), lengths.get(), parts, groups};
+  torch::stable::parallel_for(0, steps, kTokenGrain / 64, [&](int64_t begin, int64_t end) {
+    group_kernels().forms(o, batch, all, begin * kGroupStep, end * kGroupStep, result.forms.get());
   });
   if (o.baseline == GroupBaseline::kPassAtK) {
     result.best.resize(groups);
@@ -171,7 +152,7 @@ GroupSummary batch_of(const GroupArguments& g, int64_t k) {
              : GroupSummary{};
 }
 
-// The leaf kernels know consecutive groups, and one product per group.
+// Each advantage is of the reward itself, by its group's sums without lengths.
 bool is_plain(const GroupOptions& o) {
   return !o.joined && o.baseline != GroupBaseline::kPassAtK &&
          o.baseline != GroupBaseline::kLengthWeighted && o.baseline != GroupBaseline::kGiven;
@@ -179,18 +160,26 @@ bool is_plain(const GroupOptions& o) {
 
 void one_reward(const GroupArguments& g, float* out) {
   const GroupSummary batch = batch_of(g, 0);
+  const bool plain = is_plain(g.options);
   IdSpan span = {0, 0, true};
   if (g.ids != nullptr) span = id_span(g.ids, g.rows);
-  if (is_plain(g.options) && span.rises) {
-    const auto kernel = group_kernels().advantages;
+  if (plain && span.rises) {
     const GroupedRewards groups = {g.rewards, id_words(g.ids), g.rows, g.group_size, out};
     torch::stable::parallel_for(0, g.rows, kTokenGrain, [&](int64_t begin, int64_t end) {
-      kernel(g.options, batch, groups, begin, end);
+      group_kernels().advantages(g.options, batch, groups, begin, end);
     });
     return;
   }
   const GroupNumbers numbers =
       g.ids != nullptr ? GroupNumbers(g.ids, g.rows, span) : GroupNumbers(g.group_size, g.rows);
+  if (plain) {
+    const ScatteredGroups groups = scattered_groups(g, numbers, 0, batch);
+    const ScatteredRewards rewards = numbers.of(g.rewards, 1, 0);
+    torch::stable::parallel_for(0, g.rows, kTokenGrain, [&](int64_t begin, int64_t end) {
+      group_kernels().write(rewards, groups.forms.get(), begin, end, out);
+    });
+    return;
+  }
   scattered(g, numbers, 0, batch,
             [&](int64_t i, double advantage) { out[i] = static_cast<float>(advantage); });
 }

@@ -20,6 +20,11 @@ class GroupNumbers {
   int64_t count() const { return count_; }
   int64_t operator[](int64_t row) const { return ids_[row] - base_; }
 
+  // Column k of the rewards with these numbers.
+  ScatteredRewards of(const float* rewards, int64_t columns, int64_t k) const {
+    return {rewards + k, columns, id_words(ids_), base_};
+  }
+
  private:
   const int64_t* ids_;  // the caller's, or those in numbers_
   int64_t base_ = 0;
