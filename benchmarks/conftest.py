@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks import machine, report, store, sweeps, tables
 from benchmarks.case import FULL, QUICK
-from benchmarks.measure import measure
+from benchmarks.measure import BUSY_SECONDS, measure
 
 #: Summaries, or the error that prevented one, by operator and parameters.
 CASES = pytest.StashKey[dict]()
@@ -26,8 +26,9 @@ SEEN = pytest.StashKey[set]()
 FACTS = pytest.StashKey[dict]()
 #: What each sweep came to, in words.
 SWEPT = pytest.StashKey[list]()
-#: One other process that computes: two cores' worth of threads then wait for each other.
-BUSY_LOAD = 1.0
+#: Cores that others keep busy: this is a fifth of the time of one, for which all threads of a call
+#: then wait.
+BUSY_CORES = 0.2
 #: Guesses for what was never measured here: a process's imports and compiling, a sweep.
 SETUP_SECONDS, SWEEP_SECONDS = 8, 15
 
@@ -105,9 +106,16 @@ def pytest_report_collectionfinish(config, items):
         f"rlkern benchmarks: about {(known + guessed) / 60:.1f} minutes, {known / 60:.1f} of them "
         "as last time on this machine, the rest a guess; leave the machine alone meanwhile"
     ]
-    if (load := os.getloadavg()[0]) > BUSY_LOAD:
-        lines.append(f"The machine is busy (load {load:.1f}): the figures will say little.")
+    share = machine.busy_share(BUSY_SECONDS)
+    if is_busy([share]):
+        lines.append(f"The processors are busy ({share:.0%}): the figures will say little.")
     return lines
+
+
+def is_busy(shares) -> bool:
+    """Whether the processors were too busy, with something else, for figures to say much."""
+    cores = os.cpu_count() or 1
+    return any(share is not None and share * cores > BUSY_CORES for share in shares)
 
 
 def guessed_seconds(items):
@@ -145,7 +153,9 @@ def contest(request, benchmark, quick):
         cases, name = config.stash[CASES], json.dumps([case.operator, params])
         if name not in cases:
             try:
-                cases[name] = measure(case, params, QUICK if quick else plan, say)
+                summary = cases[name] = measure(case, params, QUICK if quick else plan, say)
+                if is_busy(summary["busy_before"]):
+                    say(f"{case.operator} {params}: {tables.before(summary)}, by something else")
                 if folder := results_folder(config):
                     store.keep(folder, cases[name], facts_of(config))
                     report.write_tables(folder, case.operator)

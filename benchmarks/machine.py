@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,15 +19,27 @@ import torch
 
 #: The folder that holds this package.
 ROOT = Path(__file__).parent.parent
+#: Of which `describe` records the version: the peers' among them.
+PACKAGES = ("rlkern", "torch", "triton", "transformers", "trl", "liger-kernel", "verl", "openrlhf",
+            "scipy")  # fmt: skip
+_SYSTEM, _PROC = Path("/sys"), Path("/proc")
 
 
 def _cpu(field: str) -> str:
     """A field of /proc/cpuinfo, empty where there is none."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = (_PROC / "cpuinfo").read_text().splitlines()
     except OSError:
         return ""
     return next((line.split(":")[1].strip() for line in lines if line.startswith(field)), "")
+
+
+def _text(file: Path) -> str:
+    """What a file says, empty where it cannot be read."""
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""
 
 
 def _output(*command: str) -> str:
@@ -67,15 +80,62 @@ def name() -> str:
 def cache_bytes() -> dict[str, int]:
     """Sizes of the data caches that the first core reads through, by "L1", "L2", "L3"."""
     sizes: dict[str, int] = {}
-    for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        try:
-            level, size = ((cache / file).read_text().strip() for file in ("level", "size"))
-            kind = (cache / "type").read_text().strip()
-        except OSError:
-            continue
+    for cache in sorted((_SYSTEM / "devices/system/cpu/cpu0/cache").glob("index*")):
+        level, size, kind = (_text(cache / file) for file in ("level", "size", "type"))
         if kind != "Instruction" and size.endswith("K"):
             sizes[f"L{level}"] = int(size[:-1]) * 1024
     return sizes
+
+
+def megahertz() -> float | None:
+    """The first core's nominal clock, or None where the system does not say it.
+
+    /proc/cpuinfo has the clock of the moment, which is the nominal one only where a hypervisor
+    shows its guests a constant.
+    """
+    for file in ("base_frequency", "cpuinfo_max_freq"):
+        if kilohertz := _text(_SYSTEM / "devices/system/cpu/cpu0/cpufreq" / file):
+            return float(kilohertz) / 1e3
+    if "hypervisor" in _cpu("flags").split() and (now := _cpu("cpu MHz")):
+        return float(now)
+    return None
+
+
+def huge_pages() -> str:
+    """When the system gives transparent huge pages: "always", "madvise" or "never"."""
+    modes = _text(_SYSTEM / "kernel/mm/transparent_hugepage/enabled")
+    chosen = re.search(r"\[(\w+)\]", modes)
+    return chosen.group(1) if chosen else "unknown"
+
+
+def allocator() -> str:
+    """Whose malloc serves this process and its children: one preloaded, or the C library's."""
+    preloaded = re.search(r"lib(jemalloc|tcmalloc|mimalloc)", _text(_PROC / "self/maps"))
+    return preloaded.group(1) if preloaded else " ".join(platform.libc_ver()).strip() or "unknown"
+
+
+def _processor_times() -> tuple[int, int]:
+    """Ticks that all processors together were idle for, and ticks in all; zeros if unknown."""
+    line = next(iter(_text(_PROC / "stat").splitlines()), "")
+    if not line.startswith("cpu "):
+        return 0, 0
+    # Guests' time, from the ninth on, is in the user's already.
+    ticks = [int(field) for field in line.split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)
+
+
+def busy_share(seconds: float) -> float | None:
+    """The share of all processors' time that was not idle while this process slept so long.
+
+    None where the system does not say. Unlike the load average, which for a minute holds what the
+    benchmarks did themselves, it is 0 on a machine that is left alone.
+    """
+    idle, every = _processor_times()
+    time.sleep(seconds)
+    idle_after, every_after = _processor_times()
+    if every_after <= every:
+        return None
+    return 1 - (idle_after - idle) / (every_after - every)
 
 
 def describe() -> dict[str, Any]:
@@ -85,19 +145,19 @@ def describe() -> dict[str, Any]:
     git = ("git", "-C", str(ROOT))
     changed = _output(*git, "status", "--porcelain", "--untracked-files=no")
     commit = _output(*git, "rev-parse", "--short=12", "HEAD")
-    packages = ("rlkern", "torch", "triton", "transformers", "trl", "liger-kernel", "verl")
-    packages += ("openrlhf", "scipy")
     return {
         "name": name(),
         "cpu": _cpu("model name") or platform.machine(),
-        "megahertz": float(_cpu("cpu MHz") or 0),
+        "megahertz": megahertz(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "instruction_set": rlkern.get("cpu_instruction_set", "unknown"),
         "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
         "caches": cache_bytes(),
+        "huge_pages": huge_pages(),
+        "allocator": allocator(),
         "compiler": rlkern.get("build", {}).get("compiler", "unknown"),
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
+        "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         "commit": (commit or "unknown") + (" with uncommitted changes" if changed else ""),
     }

@@ -19,7 +19,10 @@ from statistics import median
 from typing import Any
 
 from benchmarks.case import Case, Floor, MemoryLimit, Plan
-from benchmarks.machine import ROOT
+from benchmarks.machine import ROOT, busy_share
+
+#: How long the machine is watched before each child process, while nothing of ours runs.
+BUSY_SECONDS = 1.0
 
 
 def run_child(module: str, request: dict[str, Any]) -> dict[str, Any]:
@@ -49,16 +52,17 @@ def measure(
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measures a case and returns its summary, ready for JSON."""
-    busy, start = os.getloadavg()[0], time.perf_counter()
+    start, busy = time.perf_counter(), []
     request = {"case": f"{case.__module__}:{case.__qualname__}", "params": params}
     request |= {"plan": asdict(plan)}
     reports = []
     for number in range(plan.processes):
         say(f"{case.operator} {params}: process {number + 1} of {plan.processes}")
+        busy.append(busy_share(BUSY_SECONDS))
         reports.append(run_child("benchmarks.worker", request))
     took = time.perf_counter() - start
     summary = summarise(case, params, reports)
-    return summary | {"rounds": plan.rounds, "load_before": busy, "took_seconds": took}
+    return summary | {"rounds": plan.rounds, "busy_before": busy, "took_seconds": took}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

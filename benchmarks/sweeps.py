@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks import store
-from benchmarks.measure import run_child
-from benchmarks.tables import facts, figure, table
+from benchmarks.machine import busy_share
+from benchmarks.measure import BUSY_SECONDS, run_child
+from benchmarks.tables import before, facts, figure, table
 
 #: A point whose time an element is more than this many times the best is not on the line.
 LINEAR = 1.25
@@ -18,13 +18,13 @@ LINEAR = 1.25
 
 def measure(operator: str, axis: str, quick: bool) -> dict[str, Any]:
     """Runs a sweep in a child process."""
-    busy, start = os.getloadavg()[0], time.perf_counter()
+    busy, start = busy_share(BUSY_SECONDS), time.perf_counter()
     request = {"operator": operator, "axis": axis, "quick": quick}
     reply = run_child("benchmarks.sweep_worker", request)
     title = f"{operator} over {axis}"
     took = time.perf_counter() - start
     return {"operator": operator, "axis": axis, "title": title, **reply,
-            "load_before": busy, "took_seconds": took}  # fmt: skip
+            "busy_before": [busy], "took_seconds": took}  # fmt: skip
 
 
 def file_name(sweep: dict[str, Any]) -> str:
@@ -116,7 +116,8 @@ def _cells(sweep: dict[str, Any], point: dict[str, Any], name: str) -> list[str]
 
 def _page(sweep: dict[str, Any]) -> str:
     lines = [f"## {sweep['title']}", "", f"![{sweep['title']}]({file_name(sweep)}.png)", ""]
-    lines += [f"Machine's load before {sweep['load_before']:.1f}."]
+    said = before(sweep)
+    lines += [f"{said[0].upper()}{said[1:]}."]
     names = list(dict.fromkeys(n for point in sweep["points"] for n in point["seconds"]))
     for name in (n for n in names if n.startswith("rlkern")):
         lines += sentences(sweep, name)

@@ -9,7 +9,7 @@ FOOTNOTE = """\
 Times are medians per process, then over processes, with the lowest and the highest process in
 brackets; ratios are taken inside each process. "of read": the time of the ceilings named over the
 contestant's. "x peer": how many times as fast as that peer. Cycles: time x threads x nominal clock
-/ elements. Extra memory: the peak above the inputs, results included, and as a share of the case's
+/ elements, where the system says that clock. Extra memory: the peak above the inputs, results included, and as a share of the case's
 bytes. Rounds: timed calls in a process; slow contestants get fewer. Page faults: of one call;
 results and temporaries come from fresh pages, and that is part of the time of whoever allocates
 them. Error: the worst one against float64; what is wrong gets no speed. Before each call everything
@@ -52,14 +52,16 @@ def _row(entry: dict[str, Any], peers: list[str], case: dict[str, Any]) -> list[
         return [entry["name"], f"{entry['status']}: {entry['reason']}"]
     ratios = [entry["peers"][peer] for peer in peers]
     ns = entry["ns_per_element"]
-    cycles = ns * case["machine"]["megahertz"] * case["threads"] / 1e3
+    element = f"{figure(ns)} ns"
+    if clock := case["machine"]["megahertz"]:
+        element += f", {figure(ns * clock * case['threads'] / 1e3)} cycles"
     error, name = max((value, name) for name, value in entry["errors"].items())
     return [
         entry["name"],
         milliseconds(entry["seconds"]),
         _range(entry["of_ceiling"]),
         *(f"{ratio['median']:.2f}" if ratio else "-" for ratio in ratios),
-        f"{figure(ns)} ns, {figure(cycles)} cycles",
+        element,
         _memory(entry),
         str(entry.get("rounds", case["rounds"])),
         f"{entry['page_faults']:.0f}",
@@ -87,6 +89,14 @@ def title(case: dict[str, Any]) -> str:
     return ", ".join(filter(None, [case["operator"], shape, *words]))
 
 
+def before(measured: dict[str, Any]) -> str:
+    """How busy the machine was before a case or a sweep; older results have the load average."""
+    if "load_before" in measured:
+        return f"machine's load before {measured['load_before']:.1f}"
+    shares = [share for share in measured["busy_before"] if share is not None]
+    return f"processors busy before {max(shares):.0%}" if shares else "not known how busy before"
+
+
 def _case(case: dict[str, Any]) -> str:
     """One case: ceilings, a table per task, floors."""
     size = case["bytes"]
@@ -94,7 +104,7 @@ def _case(case: dict[str, Any]) -> str:
         f"## {title(case)} ({size / 1e6:.1f} MB)",
         "",
         f"{case['processes']} processes, up to {case['rounds']} rounds in each, {case['threads']} "
-        f"threads, machine's load before {case['load_before']:.1f}. Ceilings for these bytes:",
+        f"threads, {before(case)}. Ceilings for these bytes:",
         "",
     ]
     for name, seconds in case["ceilings"].items():
@@ -120,9 +130,13 @@ def _case(case: dict[str, Any]) -> str:
 def facts(machine: dict[str, Any]) -> list[str]:
     """The machine as a list in Markdown."""
     versions = ", ".join(f"{name} {value}" for name, value in machine["versions"].items())
+    memory = ""
+    if "allocator" in machine:
+        memory = f"; transparent huge pages {machine['huge_pages']}, malloc {machine['allocator']}"
     return [
         f"- machine: {machine['cpu']}, {machine['cores']} cores, {machine['system']}; instruction "
-        f"set {machine['instruction_set']} (torch: {machine['torch_instruction_set']})",
+        f"set {machine['instruction_set']} (torch: {machine['torch_instruction_set']})"
+        f"{memory}",
         f"- versions: {versions}; compiler {machine['compiler']}",
         f"- measured: {machine['date']} at commit {machine['commit']}",
     ]

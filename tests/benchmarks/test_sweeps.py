@@ -14,7 +14,7 @@ def sweep_of(costs, size=1 << 10, axis="tokens"):
         for i, cost in enumerate(costs)
     ]  # fmt: skip
     return {"operator": "toy", "axis": axis, "title": f"toy over {axis}", "points": points,
-            "machine": MACHINE, "took_seconds": 1.0, "load_before": 0.0,
+            "machine": MACHINE, "took_seconds": 1.0, "busy_before": [0.0],
             "read_bytes_per_second": 4.0}  # fmt: skip
 
 
