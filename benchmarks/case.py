@@ -90,7 +90,9 @@ class Case:
 
     operator: ClassVar[str]
     contestants: ClassVar[tuple[Contestant, ...]]
-    #: Task -> the ceilings whose added time no implementation of that task can beat.
+    #: Task -> the ceilings whose added time no implementation of that task can beat. `("read",
+    #: "copy")` and `("read", "scale")`, in this order, are two passes over the same bytes: see
+    #: `pairs`. Tensors that are read beside the one that is copied come after it.
     bounds: ClassVar[dict[str, tuple[str, ...]]]
 
     #: "cold": all is pushed out of the caches before each timed call, code included, as after
@@ -106,6 +108,16 @@ class Case:
     def floors(**params: Any) -> tuple[Floor | MemoryLimit, ...]:
         """The promises made for these parameters; none by default."""
         return ()
+
+    def pairs(self) -> list[str]:
+        """The ceilings, "read then copy" for example, that take the place of two added ones.
+
+        In a cold case the second pass over the same bytes finds in the caches what the first left
+        there. Added cold passes would be more than an implementation needs.
+        """
+        twice = (("read", "copy"), ("read", "scale"))
+        found = {" then ".join(names) for names in self.bounds.values() if names in twice}
+        return sorted(found) if self.cache == "cold" else []
 
     def prepare(self, task: str) -> tuple[Any, ...]:
         """Restores the inputs and returns the arguments of one call, outside the timed region."""

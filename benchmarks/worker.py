@@ -12,7 +12,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 
 from benchmarks import ceilings
 from benchmarks.case import Case, Plan
+from benchmarks.measure import ANNOUNCED
 from benchmarks.memory import peak_extra_bytes
 
 #: Larger than the last-level caches in use, so that reading it leaves nothing of the inputs there.
@@ -27,6 +28,9 @@ _EVICTION_BYTES = 256 << 20
 
 #: A cold start costs well below a millisecond.
 _LONG_SECONDS = 0.02
+
+#: Told a contestant's key before it runs, and "" after: whoever outlives this process reads it.
+Announce = Callable[[str], object]
 
 #: A contestant ready to be called: restores its inputs and returns the call to time.
 Ready = Callable[[], Callable[[], Any]]
@@ -39,19 +43,29 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def admit(case: Case) -> tuple[dict[str, Ready], dict[str, dict[str, Any]]]:
+def admit(
+    case: Case, without: Collection[str] = (), announce: Announce = lambda key: None
+) -> tuple[dict[str, Ready], dict[str, dict[str, Any]]]:
     """Builds every contestant and compares it with float64; only right ones may be timed."""
     ready: dict[str, Ready] = {}
     entries: dict[str, dict[str, Any]] = {}
     for contestant in case.contestants:
+        if contestant.key in without:
+            continue
         entry = entries[contestant.key] = {"status": "ok"}
+        arguments = case.prepare(contestant.task)
+        announce(contestant.key)
         try:
             function = contestant.build()
-            errors = case.errors(contestant.task, function(*case.prepare(contestant.task)))
+            outputs = function(*arguments)
         except Exception as error:
             entry |= {"status": "skipped", "reason": reason(error)}
             continue
-        entry["errors"] = errors
+        finally:
+            announce("")
+        # Outside of the `try`: a judge that fails is no fault of the contestant's.
+        errors = entry["errors"] = case.errors(contestant.task, outputs)
+        del arguments, outputs
         # Written so that a NaN is wrong too.
         if not all(value <= case.tolerance for value in errors.values()):
             worst = ", ".join(f"{name} {value:.1e}" for name, value in errors.items())
@@ -69,7 +83,7 @@ def admit(case: Case) -> tuple[dict[str, Ready], dict[str, dict[str, Any]]]:
 def add_ceilings(case: Case, ready: dict[str, Ready]) -> None:
     """Lets the machine's ceilings compete: same buffer, same restoring, same turns."""
     task = case.contestants[0].task
-    for key, call in ceilings.candidates(case.bulk).items():
+    for key, call in ceilings.candidates(case.bulk, case.pairs()).items():
 
         def make_ready(call=call):
             case.prepare(task)
@@ -104,39 +118,66 @@ def alternate(
     plan: Plan,
     before: Callable[[Callable[[], Any]], object] = lambda call: None,
     clock: Callable[[Callable[[], Any]], tuple[float, int]] = timed,
-) -> dict[str, list[tuple[float, int]]]:
+    announce: Announce = lambda key: None,
+) -> tuple[dict[str, list[tuple[float, int]]], dict[str, dict[str, Any]]]:
     """Times A B C A B C ...: a slow minute of the machine then falls on all alike.
 
     A contestant whose turns have taken `plan.seconds` sits out the later rounds, but for the
-    `plan.least` that everyone gets.
+    `plan.least` that everyone gets. One that raises is out, with its samples.
 
     Args:
         ready: The contestants, in the order of their turns.
         plan: How many rounds.
         before: Given each call before it is timed, after the inputs are restored.
         clock: Runs a call and returns its (seconds, page faults).
+        announce: Told whose turn it is.
+
+    Returns:
+        The samples of those who kept running, and an entry for each that did not.
     """
+    failed: dict[str, dict[str, Any]] = {}
     samples: dict[str, list[tuple[float, int]]] = {key: [] for key in ready}
     spent = dict.fromkeys(ready, 0.0)
     for turn in range(plan.warmup + plan.rounds):
         for key, make_ready in ready.items():
-            if len(samples[key]) >= plan.least and spent[key] >= plan.seconds:
+            enough = len(samples[key]) >= plan.least and spent[key] >= plan.seconds
+            if enough or key in failed:
                 continue
             start = time.perf_counter()
             call = make_ready()
-            before(call)
-            sample = clock(call)
+            announce(key)
+            try:
+                before(call)
+                sample = clock(call)
+            except Exception as error:
+                # The first call was the one that was compared with float64.
+                failed[key] = {"status": f"failed at call {turn + 2}", "reason": reason(error)}
+                continue
             if turn >= plan.warmup:
                 samples[key].append(sample)
                 spent[key] += time.perf_counter() - start
-    return samples
+    announce("")
+    return {key: values for key, values in samples.items() if key not in failed}, failed
 
 
-def work(case: Case, plan: Plan) -> dict[str, Any]:
-    """Everything one process measures of a case."""
-    ready, entries = admit(case)
-    contestants = list(ready)
+def work(
+    case: Case,
+    plan: Plan,
+    without: Collection[str] = (),
+    backwards: bool = False,
+    announce: Announce = lambda key: None,
+) -> dict[str, Any]:
+    """Everything one process measures of a case.
+
+    Args:
+        without: Keys of contestants that are left out.
+        backwards: Whether turns go from the last to the first, so that nobody follows the same
+            neighbour, and finds what it left behind, in every process.
+    """
+    ready, entries = admit(case, without, announce)
     add_ceilings(case, ready)
+    if backwards:
+        ready = dict(reversed(ready.items()))
     eviction = torch.ones(_EVICTION_BYTES // 4 if case.cache == "cold" else 0)
 
     def before(call):
@@ -150,16 +191,22 @@ def work(case: Case, plan: Plan) -> dict[str, Any]:
     # A collection in the middle of a call would cross everything that the peers imported.
     gc.collect()
     gc.freeze()
-    samples = alternate(ready, plan, before=before)
+    samples, failed = alternate(ready, plan, before=before, announce=announce)
+    entries |= failed
     for key, values in samples.items():
         entry = entries.setdefault(key, {"status": "ok"})
         entry["seconds"] = [seconds for seconds, _ in values]
         entry["page_faults"] = [faults for _, faults in values]
-    for key in contestants:
+    for key in samples:
+        if key.startswith("ceiling/"):
+            continue
+        call = ready[key]()
+        announce(key)
         try:
-            entries[key]["extra_bytes"] = peak_extra_bytes(ready[key]())
-        except (OSError, AttributeError) as error:
+            entries[key]["extra_bytes"] = peak_extra_bytes(call)
+        except Exception as error:
             entries[key]["memory_reason"] = reason(error)
+        announce("")
     return {
         "entries": entries,
         "elements": case.bulk.numel(),
@@ -172,7 +219,9 @@ def main(request_file: str, reply_file: str) -> None:
     request = json.loads(Path(request_file).read_text())
     module, name = request["case"].split(":")
     case = getattr(importlib.import_module(module), name)(**request["params"])
-    reply = work(case, Plan(**request["plan"]))
+    announce = Path(reply_file).with_name(ANNOUNCED).write_text
+    plan = Plan(**request["plan"])
+    reply = work(case, plan, request["without"], request["backwards"], announce)
     Path(reply_file).write_text(json.dumps(reply))
 
 

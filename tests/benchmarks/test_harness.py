@@ -7,10 +7,12 @@ import time
 import pytest
 import torch
 from toy_bench import TEMPORARY_BYTES, Toy
+from toy_broken import Breaking, FailsLater, Unjudged
 
 from benchmarks import ceilings, machine, tables, worker
+from benchmarks import measure as measuring
 from benchmarks.case import Contestant, Floor, MemoryLimit, Plan
-from benchmarks.measure import judge, measure, process_medians, times_as_fast
+from benchmarks.measure import ChildError, judge, measure, passes, process_medians, times_as_fast
 from benchmarks.memory import peak_extra_bytes
 
 OURS = "double/rlkern in place"
@@ -46,7 +48,7 @@ def test_contestants_take_turns_after_restoring():
     def evict(call):
         log.append("evict")
 
-    samples = worker.alternate(contestants, Plan(1, rounds=2), before=evict, clock=clock)
+    samples, _ = worker.alternate(contestants, Plan(1, rounds=2), before=evict, clock=clock)
     turn = ["restore A", "evict", "run A", "restore B", "evict", "run B"]
     assert log == turn * 3
     assert samples == {"A": [(9.0, 0), (15.0, 0)], "B": [(12.0, 0), (18.0, 0)]}
@@ -57,8 +59,46 @@ def test_who_is_slow_gets_fewer_rounds_and_still_the_least():
         return lambda: lambda: time.sleep(seconds)
 
     plan = Plan(1, rounds=9, seconds=0.05, least=3)
-    samples = worker.alternate({"slow": ready(0.02), "fast": ready(0)}, plan, clock=worker.timed)
+    samples, _ = worker.alternate({"slow": ready(0.02), "fast": ready(0)}, plan)
     assert len(samples["slow"]) == 3 and len(samples["fast"]) == 9
+
+
+def test_who_fails_later_is_out_and_the_others_go_on():
+    announced = []
+    contestants = {"luckless": lambda: lambda: later(1), "fast": lambda: lambda: None}
+    later = FailsLater()
+    later.calls = 1  # the call that was compared
+    plan = Plan(1, rounds=5)
+    samples, failed = worker.alternate(contestants, plan, announce=announced.append)
+    assert set(samples) == {"fast"} and len(samples["fast"]) == 5
+    why = "RuntimeError: out of luck in call 4"
+    assert failed == {"luckless": {"status": "failed at call 4", "reason": why}}
+    assert announced == [*["luckless", "fast"] * 3, *["fast"] * 3, ""]
+
+
+def test_turns_go_backwards_in_every_other_process(monkeypatch):
+    requests, order = [], []
+
+    run_child = measuring.run_child
+
+    def child(module, request):
+        requests.append(request)
+        return run_child(module, request)
+
+    monkeypatch.setattr(measuring, "run_child", child)
+    monkeypatch.setattr(measuring, "BUSY_SECONDS", 0.0)
+    measure(Toy, {"size": 64}, Plan(processes=2, rounds=1))
+    assert [request["backwards"] for request in requests] == [False, True]
+
+    class Logged(Toy):
+        contestants = tuple(
+            Contestant("double", name, lambda name=name: lambda x: (order.append(name), 2 * x)[1])
+            for name in "AB"
+        )
+
+    worker.work(Logged(size=64), Plan(1, rounds=1), backwards=True)
+    # Compared in the order of their definition; warmed up and timed backwards; weighed.
+    assert order == [*"AB", *"BA", *"BA", *"BA"]
 
 
 def test_warm_calls_follow_two_others():
@@ -116,6 +156,48 @@ def test_ceilings_move_every_byte_whatever_the_rows(shape):
             call()
 
 
+def test_two_passes_over_the_same_bytes_are_one_ceiling_when_cold():
+    case = Toy(size=64)
+    assert case.pairs() == ["read then scale"]
+    case.cache = "warm"
+    assert case.pairs() == []
+    case.cache, case.bounds = "cold", {"a": ("copy", "read"), "b": ("read", "read", "copy")}
+    assert case.pairs() == []
+
+
+def test_a_pair_of_ceilings_makes_both_passes():
+    bulk = torch.arange(8.0)
+    calls = ceilings.candidates(bulk, ["read then scale"])
+    names = [name for name in calls if name.startswith("ceiling/read then scale/")]
+    assert len(names) == 3 * 2
+    total, scaled = calls["ceiling/read then scale/sum, neg_"]()
+    assert total == 28 and torch.equal(scaled, -torch.arange(8.0))
+    assert scaled.data_ptr() == bulk.data_ptr()
+
+
+def test_a_pair_takes_the_place_of_the_added_ceilings(summary):
+    medians = {"read": [1.0], "scale": [2.0], "read then scale": [2.5], "t/a": [5.0]}
+    assert passes(("read", "scale"), medians) == ["read then scale"]
+    assert passes(("read", "copy"), medians) == ["read", "copy"]
+    told = judge(Floor("t/a", ("read", "scale"), 0.5), medians, {"t/a": {}})
+    assert (told["text"], told["value"], told["met"]) == ("0.5 of read then scale", "0.50", True)
+    assert summary["bounds"] == {"double": ["read then scale"]}
+    for name in ("right", "rlkern in place"):
+        entry = summary["entries"][f"double/{name}"]
+        middle = summary["ceilings"]["read then scale"]["median"] / entry["seconds"]["median"]
+        assert entry["of_ceiling"]["low"] * 0.5 < middle < entry["of_ceiling"]["high"] * 2
+
+
+def test_no_share_of_ceilings_that_are_the_price_of_a_call():
+    entry = {"task": "t", "of_ceiling": {"median": 0.5, "low": 0.5, "high": 0.5}}
+    case = {"bytes": 999_999, "bounds": {"t": ["read"]}}
+    assert tables.share_of_floor(case, entry) is None
+    assert tables.share_of_floor(case | {"bytes": 1_000_000}, entry) == entry["of_ceiling"]
+    # Products are not the price of a call.
+    products = case | {"bounds": {"t": ["t/three products"]}}
+    assert tables.share_of_floor(products, entry) == entry["of_ceiling"]
+
+
 def test_ratios_are_taken_inside_each_process():
     medians = {"read": [1, 10], "scale": [3, 30], "t/a": [2, 20]}
     assert times_as_fast(medians, "t/a", ["read", "scale"]) == {"median": 2, "low": 2, "high": 2}
@@ -159,12 +241,48 @@ def test_every_process_gives_every_right_contestant_its_samples(summary):
         assert entry["status"] == "ok"
         assert [len(samples) for samples in entry["samples"]] == [3, 3]
         assert entry["seconds"]["low"] <= entry["seconds"]["median"] <= entry["seconds"]["high"]
-    assert set(summary["ceilings"]) == {"read", "copy", "scale"}
+    assert set(summary["ceilings"]) == {"read", "copy", "scale", "read then scale"}
 
 
 def test_a_process_that_dies_is_an_error():
-    with pytest.raises(RuntimeError, match="unexpected keyword argument"):
+    with pytest.raises(ChildError, match="unexpected keyword argument"):
         measure(Toy, {"no_such_parameter": 1}, Plan(1, 1))
+
+
+def test_who_ends_a_process_or_fails_later_costs_nobody_else_anything():
+    said = []
+    summary = measure(Breaking, {"size": 64}, Plan(processes=2, rounds=3), said.append)
+    entries = summary["entries"]
+    dies = entries["double/dies"]
+    assert (dies["status"], dies["reason"]) == ("crashed", "its process was ended by SIGSEGV")
+    assert "double/dies: its process was ended by SIGSEGV; again without it" in said
+    later = entries["double/fails later"]
+    assert later["status"] == "failed at call 4" and "seconds" not in later
+    for name in ("rlkern in place", "right"):
+        entry = entries[f"double/{name}"]
+        assert entry["status"] == "ok" and [len(one) for one in entry["samples"]] == [3, 3]
+    page = tables.render([summary | {"machine": MACHINE}])
+    assert "failed at call 4: RuntimeError: out of luck in call 4" in page
+    assert "crashed: its process was ended by SIGSEGV" in page
+
+
+def test_a_judge_that_fails_is_an_error_and_nobody_is_blamed():
+    with pytest.raises(ChildError, match="the judge is broken") as caught:
+        measure(Unjudged, {"size": 64}, Plan(1, 1))
+    assert caught.value.running == ""
+
+
+def test_a_process_that_hangs_is_ended_and_names_whom_it_ran(tmp_path, monkeypatch):
+    (tmp_path / "hanging_child.py").write_text(
+        "import pathlib, sys, time\n"
+        "pathlib.Path(sys.argv[2]).with_name('announced').write_text('t/slow')\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(measuring, "CHILD_SECONDS", 5.0)
+    with pytest.raises(ChildError, match="took longer than 5 s") as caught:
+        measuring.run_child("hanging_child", {})
+    assert caught.value.running == "t/slow"
 
 
 def test_memory_probe_sees_a_temporary(summary):
@@ -183,7 +301,7 @@ def test_report_names_what_is_wrong_and_what_was_missed(summary):
     def cells(start):
         return next(line for line in lines if line.startswith(f"| {start} ")).split("|")[1:-1]
 
-    assert "of read + scale" in cells("double")[2]
+    assert "of read then scale" in cells("double")[2]
     assert cells("wrong")[1].strip().startswith("wrong: error double 1.0e+00")
     assert cells("missing")[1].strip().startswith("skipped: ModuleNotFoundError")
     assert cells("right")[-1].strip() == "0.0e+00 (double)"
