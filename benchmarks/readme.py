@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks import store
 from benchmarks.machine import ROOT
-from benchmarks.tables import bound, figure, table
+from benchmarks.tables import bound, figure, heads, mebibytes, share_of_floor, table
 
 README = ROOT / "README.md"
 BEGIN = "<!-- figures: written by python -m benchmarks.report -->"
@@ -62,31 +62,31 @@ def _row(label: str, case: dict[str, Any], contestant: str) -> list[str] | None:
 
     def faster(peer: str | None) -> str:
         ratio = peer and entry["peers"].get(peer.removeprefix(f"{task}/"))
-        return f"{ratio['median']:.2g}" if ratio else "-"
+        return figure(ratio["median"]) if ratio else "-"
 
     def memory(key: str | None) -> str:
         size = case["entries"].get(key, {}).get("extra_bytes")
-        if size is None:
-            return "-"
-        return "< 0.1" if size < 2**20 / 10 else figure(size / 2**20)
+        return "-" if size is None else mebibytes(size)
 
+    share = share_of_floor(case, entry)
     return [
         label, shape,
         figure(1e3 * entry["seconds"]["median"]),
-        f"{entry['of_ceiling']['median']:.2f} of {bound(case, task)}",
+        f"{share['median']:.2f} of {bound(case, task)}" if share else "-",
         faster(eager),
         faster(f"{task}/torch.compile"),
         f"{memory(contestant)} ({memory(eager)})",
     ]  # fmt: skip
 
 
-def _rows(cases: list[dict[str, Any]]) -> list[list[str]]:
+def _rows(cases: list[dict[str, Any]]) -> list[tuple[dict[str, Any], list[str]]]:
+    """The table's rows, each with the case that it is of."""
     rows = []
     for label, operator, params, contestant in ROWS:
         case = _find(cases, operator, params)
         row = _row(label, case, contestant) if case else None
-        if row:
-            rows.append(row)
+        if case and row:
+            rows.append((case, row))
     return rows
 
 
@@ -96,20 +96,22 @@ def figures(results: Path = store.RESULTS) -> str:
     for folder in sorted(results.iterdir()):
         if folder.is_dir() and list(folder.glob("*.json")):
             cases = store.read_all(folder)
-            dates = sorted(case["machine"]["date"] for case in cases)
-            found.append((len(_rows(cases)), dates[-1], folder.name, cases, dates[0]))
+            newest = max(case["machine"]["date"] for case in cases)
+            found.append((len(_rows(cases)), newest, folder.name, _rows(cases)))
     if not found:
         return "Nothing has been measured yet."
-    _, newest, name, cases, oldest = max(found, key=lambda entry: entry[:3])
-    machine = cases[0]["machine"]
-    days = " to ".join(dict.fromkeys(date.split()[0] for date in (oldest, newest)))
+    _, _, name, rows = max(found, key=lambda entry: entry[:3])
+    if not rows:
+        return "Nothing of it has been measured yet."
+    shown = [case for case, _ in rows]
+    machine = shown[0]["machine"]
     header = ["", "shape", "ms", "of its floor", "x eager", "x torch.compile", "MiB (eager's)"]
-    place = f"benchmarks/results/{name}"
-    missing = [row[0] for row in ROWS if row[0] not in {row[0] for row in _rows(cases)}]
+    labels = {row[0] for _, row in rows}
+    missing = [row[0] for row in ROWS if row[0] not in labels]
     text = [
-        f"{machine['cpu']}, {machine['cores']} cores ({machine['instruction_set']}), {days}: "
-        f"`{place}`.",
-        *table(header, _rows(cases)),
+        f"{machine['cpu']}, {machine['cores']} cores ({machine['instruction_set']}), "
+        f"{heads(shown, 'date', 'commit')}: `benchmarks/results/{name}`.",
+        *table(header, [row for _, row in rows]),
     ]
     if missing:
         text += ["", f"Not measured on it yet: {'; '.join(missing)}."]

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compare, readme, store, sweeps, tables
+from benchmarks import compare, linear_memory, readme, store, sweeps, tables
 
 
 def write_tables(folder: Path, operator: str) -> None:
@@ -22,6 +22,14 @@ def write_tables(folder: Path, operator: str) -> None:
     if (folder / f"{operator}.png").exists():
         head += f"![Times of {operator}]({operator}.png)\n\n"
     store.write(folder / f"{operator}.md", head + tables.render(cases))
+
+
+def write_memory(folder: Path) -> None:
+    """The page of the memory by number of tokens; nothing where it was not measured."""
+    if (folder / "linear.json").exists():
+        kept = store.read_memory(folder.parent)["linear"]
+        text = [*tables.facts(kept["machine"]), "", linear_memory.render(kept["points"])]
+        store.write(folder / "linear.md", "\n".join(text))
 
 
 def _best_of_ours(entries: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -37,13 +45,15 @@ def _index_rows(case: dict[str, Any]) -> list[list[str]]:
         if best is None:
             rows.append([tables.title(case), task, "not measured", "", "", ""])
             continue
-        ratios = {name: ratio["median"] for name, ratio in best["peers"].items() if ratio}
+        peers = {name: best["peers"][name] for name in tables.peers(case, task)}
+        ratios = {name: ratio["median"] for name, ratio in peers.items() if ratio}
         peer = min(ratios, key=ratios.__getitem__, default=None)
+        share = tables.share_of_floor(case, best)
         rows.append([
             tables.title(case), task, best["name"],
             tables.figure(1e3 * best["seconds"]["median"]),
-            f"{best['of_ceiling']['median']:.2f}" if best["of_ceiling"] else "-",
-            f"{ratios[peer]:.3g} ({peer})" if peer else "-",
+            f"{share['median']:.2f} of {tables.bound(case, task)}" if share else "-",
+            f"{tables.figure(ratios[peer])} ({peer})" if peer else "-",
         ])  # fmt: skip
     return rows
 
@@ -56,7 +66,14 @@ def _index(folder: Path, cases: list[dict[str, Any]]) -> str:
     if len(dates) > 1:
         lines += [f"- the newest of {len(dates)} runs from {dates[0]} on: each page says its own"]
     operators = sorted({case["operator"] for case in cases})
-    links = [f"[{operator}]({operator}.md)" for operator in operators]
+    same_commit = len({case["machine"]["commit"] for case in cases}) == 1
+    links = []
+    for operator in operators:
+        mine = [case for case in cases if case["operator"] == operator]
+        head = "" if same_commit else f" ({tables.heads(mine, 'commit')})"
+        links.append(f"[{operator}]({operator}.md){head}")
+    if (folder / "memory" / "linear.md").exists():
+        links.append("[memory](memory/linear.md)")
     if (folder / "scaling" / "index.md").exists():
         links.append("[scaling](scaling/index.md)")
     promises = [floor["met"] for case in cases for floor in case["floors"]]
@@ -74,6 +91,7 @@ def write_folder(folder: Path) -> None:
     from benchmarks import plots
 
     sweeps.write_pages(folder / "scaling")
+    write_memory(folder / "memory")
     files = sorted(folder.glob("*.json"))
     for file in files:
         plots.contestants(store.read(file), folder / f"{file.stem}.png")
@@ -95,8 +113,9 @@ def main(arguments: list[str] | None = None) -> int:
         except ValueError as error:
             parser.error(str(error))
         text, worse = compare.report(old, new)
-        print(text)
-        return int(worse)
+        memory, larger = compare.memory(*map(store.read_memory, options.compare))
+        print("\n".join([text, *memory]))
+        return int(worse or larger)
     machines = sorted(path for path in store.RESULTS.iterdir() if path.is_dir())
     for folder in options.folders or machines:
         write_folder(folder)

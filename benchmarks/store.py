@@ -34,6 +34,11 @@ def read_all(place: Path) -> list[dict[str, Any]]:
     return [case for file in files for case in read(file)]
 
 
+def read_memory(place: Path) -> dict[str, dict[str, Any]]:
+    """What a folder keeps of memory by number of tokens, by the file's name; a file keeps none."""
+    return {file.stem: json.loads(file.read_text()) for file in (place / "memory").glob("*.json")}
+
+
 def identity(case: dict[str, Any]) -> str:
     """What makes two cases the same one, measured twice."""
     return json.dumps([case["operator"], case["params"]], sort_keys=True)
@@ -75,4 +80,15 @@ def seconds_by_module(folder: Path) -> dict[str, float]:
     for file in (folder / "scaling").glob("*.json"):
         took = json.loads(file.read_text())["took_seconds"]
         seconds["bench_scaling"] = seconds.get("bench_scaling", 0.0) + took
+    for name, memory in read_memory(folder).items():
+        stem = f"bench_{name}"
+        seconds[stem] = seconds.get(stem, 0.0) + memory.get("took_seconds", 0.0)
     return seconds
+
+
+def add_seconds(folder: Path, since: float, seconds: float) -> None:
+    """Writes into the files of `folder`/memory that are newer than `since` what they took."""
+    for file in (folder / "memory").glob("*.json"):
+        if file.stat().st_mtime >= since:
+            content = json.loads(file.read_text()) | {"took_seconds": seconds}
+            write(file, json.dumps(content, indent=1) + "\n")

@@ -198,9 +198,10 @@ def timed(ready: Callable[[], Callable[[], Any]], seconds: float) -> list[float]
 def run(n: int, point: Point, seconds: float) -> dict[str, Any]:
     """Each contestant of a point: right first, then its time."""
     measured: dict[str, Any] = {"n": n, "elements": point.elements, "bytes": point.size}
-    measured |= {"seconds": {}, "errors": {}, "wrong": {}}
+    measured |= {"seconds": {}, "errors": {}, "wrong": {}, "skipped": {}}
     for name, ready in point.calls.items():
         if not name.startswith("rlkern") and point.elements > EAGER_ELEMENTS:
+            measured["skipped"][name] = f"not run above {EAGER_ELEMENTS >> 20} Mi elements"
             continue
         error = measured["errors"][name] = point.error(ready()())
         if not error <= point.tolerance:
@@ -259,19 +260,28 @@ def read_rate() -> float:
 
 
 def sweep(operator: str, axis: str, quick: bool) -> dict[str, Any]:
-    """What the reply holds: the points, and what memory gives at best."""
+    """What the reply holds: the points, where they were to end, what cut them short, and what
+    memory gives at best."""
     rate, seconds = read_rate(), 0.01 if quick else SECONDS
+    reply: dict[str, Any] = {"read_bytes_per_second": rate, "cut": ""}
     if axis == "threads":
         points = list(over_threads(operator, quick, seconds))
-        return {"points": points, "read_bytes_per_second": rate}
+        return reply | {"points": points, "end": os.cpu_count() or 1}
     values, build = SWEEPS[operator][axis]
+    values = values[:4] if quick else values
     points = []
-    for n in values[:4] if quick else values:
-        # Its bytes, and as much again for what a call allocates: eager is left out by then.
-        if points and 2 * n / points[-1]["n"] * points[-1]["bytes"] > available_bytes():
-            break
+    for n in values:
+        if points:
+            # Its bytes, and as much again for what a call allocates: eager is left out by then.
+            needed, there = 2 * n / points[-1]["n"] * points[-1]["bytes"], available_bytes()
+            if needed > there:
+                reply["cut"] = (
+                    f"The sweep ends before {n}, which takes {needed / 2**30:.1f} GiB of memory; "
+                    f"{there / 2**30:.1f} were free."
+                )
+                break
         points.append(run(n, build(n), seconds))
-    return {"points": points, "read_bytes_per_second": rate}
+    return reply | {"points": points, "end": values[-1]}
 
 
 def main(request_file: str, reply_file: str) -> None:

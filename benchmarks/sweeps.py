@@ -37,6 +37,28 @@ def keep(folder: Path, sweep: dict[str, Any], machine: dict[str, Any]) -> None:
     store.write(folder / "scaling" / f"{file_name(sweep)}.json", content + "\n")
 
 
+def gaps(sweep: dict[str, Any]) -> list[str]:
+    """What is missing from a sweep with no reason given: points of a contestant, or the end."""
+    points, found = sweep["points"], []
+    for name in dict.fromkeys(n for p in points for n in (*p["seconds"], *p["wrong"])):
+        times = [point["n"] for point in points if name in point["seconds"]]
+        silent = [
+            point["n"]
+            for point in points
+            if name not in point["seconds"] | point["wrong"] | point["skipped"]
+        ]
+        if not times:
+            found.append(f"{name} has no time anywhere")
+        if silent:
+            found.append(f"{name} is missing at {silent}")
+    if not any(name.startswith("rlkern") for point in points for name in point["seconds"]):
+        found.append("nothing of rlkern's has a time")
+    last = points[-1]["n"] if points else None
+    if last != sweep["end"] and not sweep["cut"]:
+        found.append(f"ends at {last}, not at {sweep['end']}")
+    return found
+
+
 def costs(sweep: dict[str, Any], name: str) -> list[tuple[dict[str, Any], float]]:
     """The points that a contestant has, each with seconds an element."""
     mine = [point for point in sweep["points"] if name in point["seconds"]]
@@ -106,7 +128,8 @@ def sentences(sweep: dict[str, Any], name: str) -> list[str]:
 def _cells(sweep: dict[str, Any], point: dict[str, Any], name: str) -> list[str]:
     error = f"{point['errors'][name]:.1e}" if name in point["errors"] else "-"
     if name not in point["seconds"]:
-        return [point["wrong"].get(name, "not run"), "-", "-", error]
+        why = point["wrong"] | point.get("skipped", {})
+        return [why.get(name, "not run"), "-", "-", error]
     seconds = point["seconds"][name]["median"]
     share = point["bytes"] / seconds / sweep["read_bytes_per_second"]
     return [
@@ -117,7 +140,7 @@ def _cells(sweep: dict[str, Any], point: dict[str, Any], name: str) -> list[str]
 def _page(sweep: dict[str, Any]) -> str:
     lines = [f"## {sweep['title']}", "", f"![{sweep['title']}]({file_name(sweep)}.png)", ""]
     said = before(sweep)
-    lines += [f"{said[0].upper()}{said[1:]}."]
+    lines += [f"{said[0].upper()}{said[1:]}.", *filter(None, [sweep.get("cut")])]
     names = list(dict.fromkeys(n for point in sweep["points"] for n in point["seconds"]))
     for name in (n for n in names if n.startswith("rlkern")):
         lines += sentences(sweep, name)
@@ -148,8 +171,8 @@ def write_pages(folder: Path) -> None:
         "Medians of repeated calls in one process, nothing pushed out of the caches. Over threads,",
         'an element\'s time is multiplied by their number. "Of reading": the bytes that a call of',
         "ours cannot do without, each once, over its time, as a share of what reading 256 MB of",
-        'memory gets; caches give more than 1. Eager stops ("not run") where it would need several',
-        "times the memory.",
+        "memory gets; caches give more than 1. Eager stops where it would need several times the",
+        "memory.",
         "",
     ]
     store.write(folder / "index.md", "\n".join([*head, *map(_page, sweeps)]))

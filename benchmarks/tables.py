@@ -8,14 +8,20 @@ from typing import Any
 FOOTNOTE = """\
 Times are medians per process, then over processes, with the lowest and the highest process in
 brackets; ratios are taken inside each process. "of read": the time of the ceilings named over the
-contestant's. "x peer": how many times as fast as that peer. Cycles: time x threads x nominal clock
-/ elements, where the system says that clock. Extra memory: the peak above the inputs, results included, and as a share of the case's
-bytes. Rounds: timed calls in a process; slow contestants get fewer. Page faults: of one call;
-results and temporaries come from fresh pages, and that is part of the time of whoever allocates
-them. Error: the worst one against float64; what is wrong gets no speed. Before each call everything
-is pushed out of the caches, code included; in cases that say "warm", two calls go before it
-instead, and the ceilings are those of the cache. More in docs/benchmarks.md.
+contestant's; "read then copy" is both in one call, the second finding in the caches what the first
+left there. No share of ceilings is given for less than a megabyte, where they are the price of a
+call and not of its bytes. "x peer": how many times as fast as that peer. Cycles: time x threads x
+nominal clock / elements, where the system says that clock. Extra memory: the peak above the inputs,
+results included, and as a share of the case's bytes. Rounds: timed calls in a process; slow
+contestants get fewer. Page faults: of one call; results and temporaries come from fresh pages, and
+that is part of the time of whoever allocates them. Error: the worst one against float64; what is
+wrong gets no speed. Before each call everything is pushed out of the caches, code included; in
+cases that say "warm", two calls go before it instead, and the ceilings are those of the cache. More
+in docs/benchmarks.md.
 """
+
+#: Of a case's bytes: a ceiling of fewer takes microseconds, and these are mostly torch's dispatch.
+LEAST_BYTES = 1_000_000
 
 
 def figure(value: float) -> str:
@@ -41,16 +47,37 @@ def bound(case: dict[str, Any], task: str) -> str:
     return " + ".join(f"{n} {name}" if n > 1 else name for name, n in counts.items())
 
 
+def share_of_floor(case: dict[str, Any], entry: dict[str, Any]) -> dict[str, float] | None:
+    """The floor's time over a contestant's, or None where that would say nothing."""
+    of_ceilings = not any("/" in name for name in case["bounds"][entry["task"]])
+    if of_ceilings and case["bytes"] < LEAST_BYTES:
+        return None
+    return entry["of_ceiling"]
+
+
+def peers(case: dict[str, Any], task: str) -> list[str]:
+    """Those who compute all of a task: not ours, and not what stands for its floor."""
+    entries = [entry for entry in case["entries"].values() if entry["task"] == task]
+    return [peer for peer in entries[0]["peers"] if f"{task}/{peer}" not in case["bounds"][task]]
+
+
+def mebibytes(size: float) -> str:
+    """Memory is counted in pages of 4 KiB and moves by some: a tenth of a MiB says enough."""
+    value = size / 2**20
+    return "< 0.1" if value < 0.1 else f"{value:.1f}" if value < 10 else f"{value:.0f}"
+
+
 def _memory(entry: dict[str, Any]) -> str:
     if "extra_bytes" not in entry:
         return "not measured"
-    return f"{entry['extra_bytes'] / 2**20:.1f} MiB, {entry['extra_share']:.1%}"
+    share = entry["extra_share"]
+    return f"{mebibytes(entry['extra_bytes'])} MiB, {share:.{0 if share >= 0.1 else 1}%}"
 
 
-def _row(entry: dict[str, Any], peers: list[str], case: dict[str, Any]) -> list[str]:
+def _row(entry: dict[str, Any], shown: list[str], case: dict[str, Any]) -> list[str]:
     if entry["status"] != "ok":
         return [entry["name"], f"{entry['status']}: {entry['reason']}"]
-    ratios = [entry["peers"][peer] for peer in peers]
+    ratios = [entry["peers"][peer] for peer in shown]
     ns = entry["ns_per_element"]
     element = f"{figure(ns)} ns"
     if clock := case["machine"]["megahertz"]:
@@ -59,8 +86,8 @@ def _row(entry: dict[str, Any], peers: list[str], case: dict[str, Any]) -> list[
     return [
         entry["name"],
         milliseconds(entry["seconds"]),
-        _range(entry["of_ceiling"]),
-        *(f"{ratio['median']:.2f}" if ratio else "-" for ratio in ratios),
+        _range(share_of_floor(case, entry)),
+        *(figure(ratio["median"]) if ratio else "-" for ratio in ratios),
         element,
         _memory(entry),
         str(entry.get("rounds", case["rounds"])),
@@ -112,12 +139,11 @@ def _case(case: dict[str, Any]) -> str:
         lines.append(f"- {name}: {milliseconds(seconds)} ms, {rate:.1f} GB/s of the tensor")
     for task in case["bounds"]:
         entries = [entry for entry in case["entries"].values() if entry["task"] == task]
-        peers = list(entries[0]["peers"])
         # A peer that is skipped says so in its own row; its column would hold nothing.
-        peers = [peer for peer in peers if any(entry["peers"][peer] for entry in entries)]
-        header = [task, "ms", f"of {bound(case, task)}", *(f"x {peer}" for peer in peers)]
+        shown = [peer for peer in peers(case, task) if any(e["peers"][peer] for e in entries)]
+        header = [task, "ms", f"of {bound(case, task)}", *(f"x {peer}" for peer in shown)]
         header += ["an element", "extra memory", "rounds", "page faults", "error"]
-        lines += table(header, [_row(entry, peers, case) for entry in entries])
+        lines += table(header, [_row(entry, shown, case) for entry in entries])
     met = {True: "yes", False: "NO", None: "not measured"}
     floors = [[f["contestant"], f["text"], f["value"], met[f["met"]]] for f in case["floors"]]
     if floors:
@@ -140,6 +166,22 @@ def facts(machine: dict[str, Any]) -> list[str]:
         f"- versions: {versions}; compiler {machine['compiler']}",
         f"- measured: {machine['date']} at commit {machine['commit']}",
     ]
+
+
+def heads(cases: list[dict[str, Any]], *facts: str) -> str:
+    """When cases were measured, at which commits and with which torch: "old" to "new" if several.
+
+    Args:
+        facts: Which of "date", "commit" and "torch", in this order; all by default.
+    """
+    found = sorted((case["machine"] or {} for case in cases), key=lambda m: m.get("date", ""))
+    parts = []
+    for fact in facts or ("date", "commit", "torch"):
+        of = [m.get("versions", {}) if fact == "torch" else m for m in found]
+        values = list(dict.fromkeys(str(one.get(fact, "unknown")) for one in of))
+        name = {"date": "", "commit": f"commit{'s' * (len(values) > 1)} ", "torch": "torch "}[fact]
+        parts.append(name + " to ".join(dict.fromkeys((values[0], values[-1]))))
+    return ", ".join(parts)
 
 
 def render(cases: list[dict[str, Any]]) -> str:
