@@ -8,8 +8,8 @@ import pytest
 from test_harness import MACHINE
 from toy_bench import Toy
 
-from benchmarks import compare, readme, report, store
-from benchmarks.case import Plan
+from benchmarks import compare, machine, readme, report, store
+from benchmarks.case import FULL, QUICK, SHORT, Plan
 from benchmarks.machine import ROOT
 from benchmarks.measure import measure
 
@@ -352,3 +352,22 @@ def test_make_bench_measures_and_writes(tmp_path, options, code):
     if not options:
         expected.append("python -m benchmarks.report")
     assert log.read_text().splitlines() == expected
+
+
+def test_the_documentation_says_the_plans_and_the_durations_once():
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    for name, plan in (("`FULL`", FULL), ("`SHORT`", SHORT), ("`--quick`", QUICK)):
+        (row,) = (line for line in text.splitlines() if line.startswith("|") and name in line)
+        figures = [float(cell) for cell in row.split("|")[2:-1]]
+        assert figures == [plan.processes, plan.rounds, plan.seconds, plan.least]
+    for file in ("docs/benchmarks.md", "README.md", "Makefile"):
+        words = " ".join((ROOT / file).read_text().replace("\n# ", " ").split()).lower()
+        assert "about half an hour alone on two cores" in words, file
+        assert "under five minutes" in words, file
+
+
+def test_the_versions_of_all_peers_are_recorded():
+    """Pinned in benchmarks/peers.txt are the peers, and one of what they import."""
+    lines = (ROOT / "benchmarks" / "peers.txt").read_text().splitlines()
+    pinned = {line.split("==")[0] for line in lines if "==" in line} - {"antlr4-python3-runtime"}
+    assert pinned and pinned <= set(machine.PACKAGES)

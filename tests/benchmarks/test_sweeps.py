@@ -9,8 +9,8 @@ from benchmarks import sweep_worker, sweeps
 def sweep_of(costs, size=1 << 10, axis="tokens"):
     """Points at 1, 2, 4, ... with so many seconds an element."""
     points = [
-        {"n": 2**i, "elements": 2**i, "bytes": size * 2**i, "wrong": {}, "errors": {"rlkern": 0.0},
-         "seconds": {"rlkern": {name: cost * 2**i for name in ("median", "low", "high")}}}
+        {"n": 2**i, "elements": 2**i, "bytes": size * 2**i, "wrong": {}, "skipped": {},
+         "errors": {"rlkern": 0.0}, "seconds": {"rlkern": {name: cost * 2**i for name in ("median", "low", "high")}}}
         for i, cost in enumerate(costs)
     ]  # fmt: skip
     return {"operator": "toy", "axis": axis, "title": f"toy over {axis}", "points": points,
@@ -46,6 +46,42 @@ def test_threads_are_bound_by_memory_only_near_its_rate(most, binds):
     sweep = sweep_of([1, 2], axis="threads") | {"read_bytes_per_second": most}
     text = " ".join(sweeps.sentences(sweep, "rlkern"))
     assert ("memory binds" in text) == binds and ("reason is not known" in text) != binds
+
+
+def test_a_point_or_an_end_that_is_missing_without_a_reason_is_a_gap():
+    sweep = sweep_of([3, 2, 1]) | {"end": 4, "cut": ""}
+    for point in sweep["points"]:
+        point["skipped"] = {}
+    assert sweeps.gaps(sweep) == []
+    assert sweeps.gaps(sweep | {"end": 8}) == ["ends at 4, not at 8"]
+    assert sweeps.gaps(sweep | {"end": 8, "cut": "no memory"}) == []
+    last = sweep["points"][-1]
+    last["seconds"] = {"eager": last["seconds"].pop("rlkern")}
+    assert sweeps.gaps(sweep) == ["rlkern is missing at [4]", "eager is missing at [1, 2]"]
+    last["skipped"] = {"rlkern": "why"}
+    for point in sweep["points"][:2]:
+        point["wrong"] = {"eager": "error"}
+    assert sweeps.gaps(sweep) == []
+    last["seconds"] = {}
+    assert sweeps.gaps(sweep) == ["eager has no time anywhere", "eager is missing at [4]"]
+    assert "nothing of rlkern's has a time" in sweeps.gaps(sweep | {"points": [last]})
+
+
+def test_a_sweep_that_memory_cuts_says_so(monkeypatch, tmp_path):
+    """A point takes twice its bytes: 4 GiB for the second."""
+    monkeypatch.setattr(sweep_worker, "read_rate", lambda: 4.0)
+    monkeypatch.setattr(sweep_worker, "available_bytes", lambda: 3 << 30)
+    monkeypatch.setattr(sweep_worker, "run", lambda n, point, seconds: sweep_of([1])["points"][0]
+                        | {"n": n, "bytes": n << 30})  # fmt: skip
+    monkeypatch.setitem(sweep_worker.SWEEPS, "toy", {"tokens": ((1, 2, 4), lambda n: None)})
+    reply = sweep_worker.sweep("toy", "tokens", quick=False)
+    assert [point["n"] for point in reply["points"]] == [1] and reply["end"] == 4
+    assert reply["cut"] == "The sweep ends before 2, which takes 4.0 GiB of memory; 3.0 were free."
+    whole = sweep_of([1]) | reply
+    assert sweeps.gaps(whole) == []
+    sweeps.keep(tmp_path, whole, MACHINE)
+    sweeps.write_pages(tmp_path / "scaling")
+    assert reply["cut"] in (tmp_path / "scaling" / "index.md").read_text()
 
 
 def test_pages(tmp_path):
