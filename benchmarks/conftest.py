@@ -31,7 +31,7 @@ SWEPT = pytest.StashKey[list]()
 #: then wait.
 BUSY_CORES = 0.2
 #: Guesses for what was never measured here: a process's imports and compiling, a sweep.
-SETUP_SECONDS, SWEEP_SECONDS = 8, 15
+SETUP_SECONDS, SWEEP_SECONDS = 9, 16
 #: How the reason begins for which ours cannot run here: nothing else excuses it.
 NOT_BUILT = (
     "RuntimeError: backend 'native' was asked for, but cannot serve",

@@ -10,7 +10,8 @@ def sweep_of(costs, size=1 << 10, axis="tokens"):
     """Points at 1, 2, 4, ... with so many seconds an element."""
     points = [
         {"n": 2**i, "elements": 2**i, "bytes": size * 2**i, "wrong": {}, "skipped": {},
-         "errors": {"rlkern": 0.0}, "seconds": {"rlkern": {name: cost * 2**i for name in ("median", "low", "high")}}}
+         "errors": {"rlkern": 0.0},
+         "seconds": {"rlkern": {name: cost * 2**i for name in ("median", "low", "high")}}}
         for i, cost in enumerate(costs)
     ]  # fmt: skip
     return {"operator": "toy", "axis": axis, "title": f"toy over {axis}", "points": points,
