@@ -14,6 +14,10 @@ from itertools import product
 import torch
 
 
+def _both(one: Callable[[], object], two: Callable[[], object]) -> Callable[[], object]:
+    return lambda: (one(), two())
+
+
 def candidates(bulk: torch.Tensor, pairs: Iterable[str] = ()) -> dict[str, Callable[[], object]]:
     """Returns functions by "ceiling/kind/candidate".
 
@@ -44,13 +48,10 @@ def candidates(bulk: torch.Tensor, pairs: Iterable[str] = ()) -> dict[str, Calla
         "scale": {"mul_": lambda: words.mul_(1.0001), "neg_": lambda: words.neg_()},
     }
     for pair in pairs:
-        first, second = (kinds[kind] for kind in pair.split(" then "))
+        first, second = (kinds[kind].items() for kind in pair.split(" then "))
         kinds[pair] = {
-            f"{one}, {two}": lambda one=one, two=two, first=first, second=second: (
-                first[one](),
-                second[two](),
-            )
-            for one, two in product(first, second)
+            f"{one}, {two}": _both(run_one, run_two)
+            for (one, run_one), (two, run_two) in product(first, second)
         }
     return {
         f"ceiling/{kind}/{name}": call

@@ -115,7 +115,7 @@ def _case(before: dict[str, Any], after: dict[str, Any]) -> list[list[str]]:
     for key in before["entries"] | after["entries"]:
         old, new = before["entries"].get(key), after["entries"].get(key)
         if old and new:
-            times, word = _times(old.get("seconds"), new.get("seconds")), ""
+            times = _times(old.get("seconds"), new.get("seconds"))
             word = verdict(old, new, before, after)
         else:
             times, word = _times(None, None), "new" if new else "gone"
@@ -147,7 +147,7 @@ def report(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> tuple[str, b
         ("new", [case for key, case in after.items() if key not in before]),
     ):
         if cases:
-            lines += ["", f"Only in the {text} results: {', '.join(sorted(map(title, cases)))}."]
+            lines += ["", f"Only in the {text} results: {'; '.join(sorted(map(title, cases)))}."]
     for case in gone:
         if any(_ours(entry) for entry in case["entries"].values()):
             worse.append(f"{title(case)}: gone")

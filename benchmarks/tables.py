@@ -9,8 +9,8 @@ FOOTNOTE = """\
 Times are medians per process, then over processes, with the lowest and the highest process in
 brackets; ratios are taken inside each process. "of read": the time of the ceilings named over the
 contestant's; "read then copy" is both in one call, the second finding in the caches what the first
-left there. No share of ceilings is given for less than a megabyte, where they are the price of a
-call and not of its bytes. "x peer": how many times as fast as that peer. Cycles: time x threads x
+left there. No share of ceilings is given for less than a megabyte, where much of their time is the
+price of a call. "x peer": how many times as fast as that peer. Cycles: time x threads x
 nominal clock / elements, where the system says that clock. Extra memory: the peak above the inputs,
 results included, and as a share of the case's bytes. Rounds: timed calls in a process; slow
 contestants get fewer. Page faults: of one call; results and temporaries come from fresh pages, and
@@ -20,7 +20,8 @@ cases that say "warm", two calls go before it instead, and the ceilings are thos
 in docs/benchmarks.md.
 """
 
-#: Of a case's bytes: a ceiling of fewer takes microseconds, and these are mostly torch's dispatch.
+#: Of a case's bytes: of the few microseconds that a ceiling of fewer takes, one or two are torch's
+#: dispatch, as a ceiling of 4 KB shows.
 LEAST_BYTES = 1_000_000
 
 
