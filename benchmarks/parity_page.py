@@ -74,12 +74,13 @@ def _recorded(content: dict[str, Any]) -> str:
         "## Recorded completions",
         "",
         f"Three rounds of {content['completions']} completions (mean rewards {rewards}), two",
-        "optimizer steps on each: TRL's trainer against our loop, in fp32. Gradient norm: the",
-        "largest relative difference of the six, before clipping. Parameters: the norm of the",
-        "difference after the last step over the norm of all parameters; move: over the norm of",
-        f"what the six steps changed, {min(moved):.3f} to {max(moved):.3f} of the parameters'.",
-        "Coordinate: the largest difference over the largest move. The same, of either trainer to",
-        f"a run of the definitions in float64, is in brackets. Bound: {BOUND:g}.",
+        "optimizer steps over all of each, or four over mini-batches: TRL's trainer against our",
+        "loop, in fp32. Gradient norm: the largest relative difference of any step, before",
+        "clipping. Parameters: the norm of the difference after the last step over the norm of all",
+        f"parameters; move: over the norm of what the steps changed, {min(moved):.3f} to",
+        f"{max(moved):.3f} of the parameters'. Coordinate: the largest difference over the largest",
+        "move. In brackets: the same of TRL, and of our loop, to a run of the definitions in",
+        f"float64. Bound: {BOUND:g}.",
     ]
     header = ["objective", "AdamW eps", "gradient norm", "parameters", "move",
               "without key biases", "coordinate", "clipped", "within"]  # fmt: skip
@@ -98,10 +99,10 @@ def _recorded(content: dict[str, Any]) -> str:
     lines += table(header, rows)
     lines += [
         "",
-        "In brackets: TRL to float64, rlkern to float64. Clipped: the largest share of tokens",
-        "outside the clip range in a step. The keys' biases add one number to all of a query's",
-        "scores, which the softmax does not see: their gradient is 0, and what AdamW with eps 1e-8",
-        "makes steps of is the rounding of that 0. There the move is judged without them.",
+        "Clipped: the largest share of tokens outside the clip range in a step. The keys' biases",
+        "add one number to all of a query's scores, which the softmax does not see: their gradient",
+        "is 0, and what AdamW with eps 1e-8 makes steps of is the rounding of that 0. There the",
+        "move is judged without them.",
         "",
         "What the bound sees: our loop with another convention on purpose, dapo, AdamW's eps 1e-5.",
     ]
@@ -121,9 +122,8 @@ def _seeds(content: dict[str, Any]) -> str:
         "## Whole runs",
         "",
         f"{len(runs)} seeds, {content['steps']} steps each of our loop and of TRL's trainer, which",
-        "generates with transformers; from the same warm-started weights by seed, with the loop's",
-        f"default options. The final reward is the mean of the last {LAST} steps; the accuracy is",
-        "greedy, of held-out prompts.",
+        "generates with transformers, from the same warm-started weights by seed. The final reward",
+        f"is the mean of the last {LAST} steps; the accuracy is greedy, of held-out prompts.",
     ]
     header = ["seed", "final reward", "TRL's", "accuracy before", "after", "TRL's", "s", "TRL's"]
     rows = [

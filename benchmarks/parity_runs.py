@@ -241,6 +241,7 @@ def trl_on(
         asked, written, rewards = next(waiting)
         if prompts != [example.prompt for example in asked]:
             raise AssertionError("TRL asks for other prompts than were recorded, or in other order")
+        torch.manual_seed(config.seed)  # of the mini-batches, which TRL draws next
         rows = zip(written.prompt_ids, written.prompt_mask, strict=True)
         completions = zip(written.ids, written.mask, strict=True)
         return {
@@ -296,6 +297,7 @@ def ours_on(
                 policy, setting, asked, written, rewards.to(dtype), config
             )
         batch = grpo.round_of(policy, reference, written, advantages, config)
+        torch.manual_seed(config.seed)  # TRL's mini-batches, where it does not draw twice
         found, of_round = grpo.learn_from(
             policy, optimizer, batch, setting.max_new_tokens, config, reference
         )
