@@ -297,7 +297,7 @@ def ours_on(
                 policy, setting, asked, written, rewards.to(dtype), config
             )
         batch = grpo.round_of(policy, reference, written, advantages, config)
-        torch.manual_seed(config.seed)  # TRL's mini-batches, where it does not draw twice
+        torch.manual_seed(config.seed)  # TRL's mini-batches, where a round has one pass
         found, of_round = grpo.learn_from(
             policy, optimizer, batch, setting.max_new_tokens, config, reference
         )

@@ -128,7 +128,7 @@ def gradient_norms(entries: list[dict[str, Any]], bound: float, file: Path) -> N
     """Gradient norms of two trainers on the same completions, and how far they differ."""
     shown = [entry for entry in entries if entry["adam_eps"] == entries[0]["adam_eps"]]
     figure, (above, below) = pyplot.subplots(
-        2, len(shown), figsize=(4 * len(shown), 5), squeeze=False, sharex=True, sharey="row",
+        2, len(shown), figsize=(3.2 * len(shown), 5), squeeze=False, sharex="col", sharey="row",
         layout="constrained",
     )  # fmt: skip
     for norms, apart, entry in zip(above, below, shown, strict=True):
