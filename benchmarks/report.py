@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compare, readme, store, sweeps, tables
+from benchmarks import compare, parity_page, readme, store, sweeps, tables
 
 
 def write_tables(folder: Path, operator: str) -> None:
@@ -57,8 +57,9 @@ def _index(folder: Path, cases: list[dict[str, Any]]) -> str:
         lines += [f"- the newest of {len(dates)} runs from {dates[0]} on: each page says its own"]
     operators = sorted({case["operator"] for case in cases})
     links = [f"[{operator}]({operator}.md)" for operator in operators]
-    if (folder / "scaling" / "index.md").exists():
-        links.append("[scaling](scaling/index.md)")
+    for page in ("scaling", "parity"):
+        if (folder / page / "index.md").exists():
+            links.append(f"[{page}]({page}/index.md)")
     promises = [floor["met"] for case in cases for floor in case["floors"]]
     lines += ["", f"Pages: {', '.join(links)}.", ""]
     lines += [f"Promises: {promises.count(True)} kept, {promises.count(False)} not, "
@@ -74,6 +75,7 @@ def write_folder(folder: Path) -> None:
     from benchmarks import plots
 
     sweeps.write_pages(folder / "scaling")
+    parity_page.write_pages(folder / "parity")
     files = sorted(folder.glob("*.json"))
     for file in files:
         plots.contestants(store.read(file), folder / f"{file.stem}.png")
