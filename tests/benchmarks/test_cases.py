@@ -1,6 +1,7 @@
 """The cases' own judgement: who runs here is right, and a spoilt output is not."""
 
 import importlib
+import math
 import sys
 
 import pytest
@@ -31,11 +32,10 @@ NAMES = ("rlkern", "eager", "eager, any ids", "a loop over groups")
 
 
 def tensors(outputs):
-    """The tensors of outputs, in dicts and tuples too."""
+    """The tensors of outputs, beside which there may be metrics by name."""
     if isinstance(outputs, torch.Tensor):
         return [outputs]
-    parts = outputs.values() if isinstance(outputs, dict) else outputs
-    return [tensor for part in parts for tensor in tensors(part)]
+    return [tensor for part in outputs if not isinstance(part, dict) for tensor in tensors(part)]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -61,6 +61,13 @@ def test_contestants_are_right_and_spoilt_ones_are_wrong(name):
                 lost = case.errors(contestant.task, outputs).values()
                 assert not all(error <= case.tolerance for error in lost), contestant.key
                 tensor.copy_(kept)
+        for metrics in (part for part in outputs if isinstance(part, dict)):
+            for name, number in list(metrics.items()):
+                for spoilt in (number + 1, math.nan):
+                    metrics[name] = spoilt
+                    wrong = case.errors(contestant.task, outputs).values()
+                    assert not all(error <= case.tolerance for error in wrong), name
+                metrics[name] = number
 
 
 #: Those whose contestants are judged in files of their own, too.
