@@ -70,6 +70,38 @@ def test_contestants_are_right_and_spoilt_ones_are_wrong(name):
                 metrics[name] = number
 
 
+class TestFromLogits:
+    """A gradient that forgets the clip, a fifth of an entry, another token: each is seen."""
+
+    @pytest.fixture(scope="class", params=["float32", "bfloat16"])
+    def case(self, request):
+        return from_logits.FromLogits(rows=4, tokens=64, vocab=512, dtype=request.param)
+
+    def test_who_runs_here_is_right(self, case):
+        for contestant in case.contestants:
+            if contestant.name in ("rlkern", "rlkern in place", "rlkern in steps", "eager"):
+                outputs = contestant.build()(*case.prepare(contestant.task))
+                errors = case.errors(contestant.task, outputs)
+                assert all(error <= case.tolerance for error in errors.values()), contestant.key
+
+    def test_a_loss_without_the_clip_is_wrong(self, case):
+        def unclipped(logits, ids, old, advantages):
+            ratio = (logprobs.eager(logits, ids) - old).exp()
+            return -(ratio * advantages[:, None]).mean()
+
+        run = from_logits.with_gradient(lambda: unclipped)()
+        errors = case.errors(from_logits.TASK, run(*case.prepare(from_logits.TASK)))
+        assert errors["gradient"] > 5 * case.tolerance
+
+    def test_another_token_and_a_longer_gradient_are_wrong(self, case):
+        run = from_logits.with_gradient(from_logits.build_eager)()
+        logits, ids, *rest = case.prepare(from_logits.TASK)
+        wrong = case.errors(from_logits.TASK, run(logits, ids.roll(1), *rest))
+        assert wrong["gradient"] > case.tolerance
+        loss, gradient = run(*case.prepare(from_logits.TASK))
+        assert case.errors(from_logits.TASK, (loss, 1.1 * gradient))["gradient"] > case.tolerance
+
+
 #: Those whose contestants are judged in files of their own, too.
 RESTORED = CASES | {
     "from_hidden": lambda: linear.FromHidden(**linear.QUICK_SHAPE),
