@@ -56,13 +56,16 @@ def looped(rewards, ids, count):
     return advantages
 
 
-def build_verl():
-    function = peers.member("verl.trainer.ppo.core_algos", "compute_grpo_outcome_advantage")
+def build_verl(name: str):
+    """Of rewards at a completion's one token."""
+    function = peers.member("verl.trainer.ppo.core_algos", name)
     ones: dict[int, torch.Tensor] = {}
 
     def run(rewards, ids, count):
-        mask = ones.setdefault(len(rewards), torch.ones(len(rewards), 1))
-        return function(rewards[:, None], mask, ids.numpy(), epsilon=EPS)[0].squeeze(1)
+        if len(rewards) not in ones:
+            ones[len(rewards)] = torch.ones(len(rewards), 1)
+        found = function(rewards[:, None], ones[len(rewards)], ids.numpy(), epsilon=EPS)
+        return found[0].squeeze(1)
 
     return run
 
@@ -109,7 +112,8 @@ GROUP_BUILDERS = {
     "eager": lambda: scattered,
     "torch.compile": lambda: torch.compile(scattered, dynamic=False),
     "a loop over groups": lambda: looped,
-    "verl": build_verl,
+    "verl": lambda: build_verl("compute_grpo_vectorized_outcome_advantage"),
+    "verl, its loop": lambda: build_verl("compute_grpo_outcome_advantage"),
 }
 
 

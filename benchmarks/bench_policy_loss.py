@@ -1,8 +1,9 @@
-"""PolicyLoss against eager PyTorch and torch.compile: loss, gradient and every metric.
+"""PolicyLoss against eager PyTorch, torch.compile and the trainers' own functions.
 
-The eager lines are those that trainers carry (TRL's, with verl's metrics); each contestant returns
-the loss, the gradient with respect to the log-probabilities and the same metrics, as tensors, so
-that none of them is left uncomputed.
+The eager lines are those that trainers carry (TRL's, with verl's metrics). With metrics, each
+contestant returns the loss, the gradient with respect to the log-probabilities and the metrics as
+Python numbers, as a log wants them, so that none is left uncomputed. Without, rlkern's are there
+all the same, unread: there is no cheaper call.
 """
 
 from __future__ import annotations
@@ -29,15 +30,18 @@ TOLERANCE = 1e-4
 OBJECTIVES = {
     "dapo + k3": {"clip": (0.2, 0.28), "kl": True, "sequence": False},
     "gspo": {"clip": (3e-4, 4e-4), "kl": False, "sequence": True},
-    # Without metrics of anyone's choice, for peers who compute their own or none.
+}
+#: Without metrics of anyone's choice, for peers who compute their own or none.
+PLAIN = {
     "clip": {"clip": (0.2, 0.28), "kl": False, "sequence": False},
+    "clip by sequence": {"clip": (3e-4, 4e-4), "kl": False, "sequence": True},
 }
 METRICS = ("approx_kl", "clip_frac_low", "clip_frac_high", "ratio_mean", "ratio_min", "ratio_max")
 
 
 def eager(objective: str, logprobs, old, ref, advantages, mask):
     """Loss and metrics as a trainer writes them."""
-    options = OBJECTIVES[objective]
+    options = (OBJECTIVES | PLAIN)[objective]
     low, high = options["clip"]
     count = mask.sum().clamp(min=1)
     lengths = mask.sum(-1).clamp(min=1)
@@ -94,9 +98,9 @@ def build_compiled(objective: str):
 def build_rlkern(objective: str):
     import rlkern
 
-    preset = "gspo" if objective == "gspo" else "dapo"
-    has_kl = OBJECTIVES[objective]["kl"]
-    loss = rlkern.PolicyLoss.preset(preset, kl_coef=KL_COEF if has_kl else 0.0)
+    options = (OBJECTIVES | PLAIN)[objective]
+    preset = "gspo" if options["sequence"] else "dapo"
+    loss = rlkern.PolicyLoss.preset(preset, kl_coef=KL_COEF if options["kl"] else 0.0)
 
     def run(logprobs, old, ref, advantages, mask):
         with rlkern.use_backend("native"):
@@ -104,7 +108,7 @@ def build_rlkern(objective: str):
                 logprobs,
                 advantages,
                 old_logprobs=old,
-                ref_logprobs=ref if has_kl else None,
+                ref_logprobs=ref if options["kl"] else None,
                 mask=mask,
             )
 
@@ -112,9 +116,12 @@ def build_rlkern(objective: str):
 
 
 def build_verl(objective: str):
-    function = peers.member("verl.trainer.ppo.core_algos", "compute_policy_loss_vanilla")
-    low, high = OBJECTIVES[objective]["clip"]
-    config = peers.member("verl.workers.config", "ActorConfig")(
+    by_sequence = PLAIN[objective]["sequence"]
+    name = "compute_policy_loss_gspo" if by_sequence else "compute_policy_loss_vanilla"
+    function = peers.member("verl.trainer.ppo.core_algos", name)
+    low, high = PLAIN[objective]["clip"]
+    # The class that the function's own module knows: it asks for an instance of that one.
+    config = function.__globals__["ActorConfig"](
         strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio_low=low,
         clip_ratio_high=high, clip_ratio_c=1e9,
     )  # fmt: skip
@@ -127,8 +134,11 @@ def build_verl(objective: str):
 
 
 def build_openrlhf(objective: str):
-    low, high = OBJECTIVES[objective]["clip"]
-    loss = peers.member("openrlhf.models.loss", "PolicyLoss")(clip_eps_low=low, clip_eps_high=high)
+    low, high = PLAIN[objective]["clip"]
+    loss = peers.member("openrlhf.models.loss", "PolicyLoss")(
+        clip_eps_low=low, clip_eps_high=high,
+        policy_loss_type="gspo" if PLAIN[objective]["sequence"] else "ppo",
+    )  # fmt: skip
 
     def run(logprobs, old, ref, advantages, mask):
         return loss(logprobs, old, advantages[:, None].expand_as(logprobs), mask)[0], {}
@@ -137,29 +147,43 @@ def build_openrlhf(objective: str):
 
 
 def build_plain(objective: str):
-    def run(logprobs, old, ref, advantages, mask):
-        low, high = OBJECTIVES[objective]["clip"]
+    """eager without its metrics."""
+    low, high = PLAIN[objective]["clip"]
+
+    def by_token(logprobs, old, ref, advantages, mask):
         ratio, a = (logprobs - old).exp(), advantages[:, None]
         per_token = -torch.min(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
         return (per_token * mask).sum() / mask.sum(), {}
 
-    return run
+    def by_sequence(logprobs, old, ref, advantages, mask):
+        ratio = (((logprobs - old) * mask).sum(-1) / mask.sum(-1)).exp()
+        clipped = ratio.clamp(1 - low, 1 + high)
+        return -torch.min(ratio * advantages, clipped * advantages).mean(), {}
+
+    return by_sequence if PLAIN[objective]["sequence"] else by_token
 
 
 def task(objective: str) -> str:
-    return "loss + gradient, clip" if objective == "clip" else f"{TASK}, {objective}"
+    return f"loss + gradient, {objective}" if objective in PLAIN else f"{TASK}, {objective}"
 
 
-def with_gradient(build, *options):
-    """Of functions that give a loss and metrics: the gradient of their first argument, too."""
+def as_numbers(metrics: Any) -> dict[str, float]:
+    if isinstance(metrics, dict):
+        return {name: value.item() for name, value in metrics.items()}
+    return metrics.item_dict()
+
+
+def with_gradient(build, *options, metrics: bool):
+    """Of functions that give a loss and metrics: the gradient of their first argument, too, and the
+    metrics as numbers where they are asked for."""
 
     def build_task():
         function = build(*options)
 
         def run(first, *rest):
-            loss, metrics = function(first, *rest)
+            loss, found = function(first, *rest)
             (gradient,) = torch.autograd.grad(loss, first)
-            return loss, gradient, metrics
+            return loss, gradient, as_numbers(found) if metrics else {}
 
         return run
 
@@ -173,13 +197,14 @@ def contestants():
         "eager": build_plain,
         "torch.compile": lambda objective: torch.compile(build_plain(objective), dynamic=False),
         "verl, with its metrics": build_verl,
-        "OpenRLHF": build_openrlhf,
+        "OpenRLHF, with its metrics": build_openrlhf,
         "Liger": lambda objective: peers.gpu_only("Liger-Kernel's grpo_loss")(),
     }
     return tuple(
-        Contestant(task(objective), name, with_gradient(build, objective))
-        for objective in OBJECTIVES
-        for name, build in (plain if objective == "clip" else builders).items()
+        Contestant(task(objective), name, with_gradient(build, objective, metrics=metrics))
+        for objectives, builders, metrics in ((OBJECTIVES, builders, True), (PLAIN, plain, False))
+        for objective in objectives
+        for name, build in builders.items()
     )
 
 
@@ -193,6 +218,7 @@ class PolicyLosses(Case):
         task("dapo + k3"): ("read", "read", "copy"),
         task("gspo"): ("read", "copy"),
         task("clip"): ("read", "copy"),
+        task("clip by sequence"): ("read", "copy"),
     }
 
     def __init__(self, sequences: int, tokens: int, cache: str) -> None:
@@ -237,7 +263,7 @@ class PolicyLosses(Case):
             leaf.requires_grad_()
             loss, metrics = eager(objective, leaf, *rest, self.mask)
             (gradient,) = torch.autograd.grad(loss, leaf)
-            self.truth[objective] = loss.detach(), gradient, metrics
+            self.truth[objective] = loss.item(), gradient, as_numbers(metrics)
         return self.truth[objective]
 
     def errors(self, task_name: str, outputs: Any) -> dict[str, float]:
@@ -247,17 +273,18 @@ class PolicyLosses(Case):
         loss, gradient, metrics = outputs
         true_loss, true_gradient, true_metrics = self._expected(objective)
 
-        def error(value, truth):
-            return ((value.double() - truth).abs() / truth.abs().clamp(min=1)).item()
-
         difference = (gradient.double() - true_gradient).abs().max()
         found = {
-            "loss": error(loss.detach(), true_loss),
+            "loss": relative(loss.item(), true_loss),
             "gradient": (difference / true_gradient.abs().max()).item(),
         }
-        if objective != "clip":
-            found |= {name: error(metrics[name], truth) for name, truth in true_metrics.items()}
+        if objective in OBJECTIVES:
+            found |= {name: relative(metrics[name], truth) for name, truth in true_metrics.items()}
         return found
+
+
+def relative(value: float, truth: float) -> float:
+    return abs(value - truth) / max(abs(truth), 1.0)
 
 
 SHAPES = [(SHAPE | {"cache": "warm"}, FULL), (SHAPE | {"cache": "cold"}, SHORT)]

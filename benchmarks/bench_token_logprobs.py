@@ -27,8 +27,10 @@ SIDE_SHAPES = (
     {"rows": 4, "tokens": 32, "vocab": 128256},
     {"rows": 4, "tokens": 32, "vocab": 262144},
 )
-# A bf16 log-probability near -16 is rounded by up to 1/32; eager takes its gradient from that.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 1e-2}
+# Relative above 1. In bf16 what is near 12, a log-probability or, in TRL, log sum exp, is rounded
+# by up to 1/32, and the gradient's probabilities are taken from that: 3.2e-2, and three roundings
+# more by 2^-9 make 3.8e-2. What lies below -16 is rounded twice as much, and weighs little.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 def eager(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:

@@ -21,11 +21,11 @@ TASK = "masked whitening"
 
 
 def masked_whiten(values, mask):
-    """As verl writes it."""
+    """As verl writes it; it leaves numbers at masked positions, which no one reads."""
     count = mask.sum()
     mean = (values * mask).sum() / count
     variance = ((values - mean).square() * mask).sum() / count * (count / (count - 1))
-    return (values - mean) * torch.rsqrt(variance + 1e-8) * mask
+    return (values - mean) * torch.rsqrt(variance + 1e-8)
 
 
 def build_verl():
@@ -66,8 +66,7 @@ class Whiten(Case):
         return self.bulk, self.mask
 
     def errors(self, task: str, outputs: Any) -> dict[str, float]:
-        """The worst counting value's distance from float64's, relative above 1; verl leaves
-        numbers at masked positions, which no one reads."""
+        """The worst counting value's distance from float64's, relative above 1."""
         exact = masked_whiten(self.values.double(), self.mask)[self.mask]
         error = (outputs[self.mask].double() - exact).abs() / exact.abs().clamp(min=1)
         return {"whitened": error.max().item()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import matplotlib
@@ -102,4 +103,49 @@ def curve(sweep: dict[str, Any], file: Path) -> None:
     axes.set_title(sweep["title"], fontsize=10, loc="left", color=INK)
     axes.legend(frameon=False, fontsize=8)
     _plain(axes)
+    _save(figure, file)
+
+
+def rewards(curves: dict[str, list[list[float]]], file: Path) -> None:
+    """Rewards by step of several trainers: the mean of the seeds, and their range shaded."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for (name, seeds), color in zip(curves.items(), (OURS, PEERS), strict=True):
+        steps = range(1, len(seeds[0]) + 1)
+        columns = list(zip(*seeds, strict=True))
+        lowest, highest = (list(map(of, columns)) for of in (min, max))
+        axes.fill_between(steps, lowest, highest, color=color, alpha=0.25, linewidth=0)
+        axes.plot(steps, list(map(mean, columns)), color=color, linewidth=2, label=name)
+    axes.set_xlabel("step", color=INK)
+    axes.set_ylabel("reward, mean of a step's completions", color=INK)
+    axes.set_title(f"GRPO over {len(seeds)} seeds: mean and range", fontsize=10, loc="left",
+                   color=INK)  # fmt: skip
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    _plain(axes)
+    _save(figure, file)
+
+
+def gradient_norms(entries: list[dict[str, Any]], bound: float, file: Path) -> None:
+    """Gradient norms of two trainers on the same completions, and how far they differ."""
+    shown = [entry for entry in entries if entry["adam_eps"] == entries[0]["adam_eps"]]
+    figure, (above, below) = pyplot.subplots(
+        2, len(shown), figsize=(3.2 * len(shown), 5), squeeze=False, sharex="col", sharey="row",
+        layout="constrained",
+    )  # fmt: skip
+    for norms, apart, entry in zip(above, below, shown, strict=True):
+        ours, theirs = entry["grad_norms"]["rlkern"], entry["grad_norms"]["trl"]
+        steps = range(1, len(ours) + 1)
+        norms.plot(steps, theirs, "o", markersize=9, color=PEERS, label="trl")
+        norms.plot(steps, ours, "o-", markersize=4, color=OURS, linewidth=1, label="rlkern")
+        norms.set_title(entry["objective"], fontsize=9, loc="left", color=INK)
+        # A logarithm has no place for two equal numbers: they stand at fp32's unit.
+        apart.plot(steps, [max(abs(a - b) / b, 6e-8) for a, b in zip(theirs, ours, strict=True)],
+                   "o", markersize=5, color=OURS)  # fmt: skip
+        apart.axhline(bound, color=INK, linewidth=1, linestyle=":")
+        apart.set_xlabel("optimizer step", fontsize=8, color=INK)
+        for axes in (norms, apart):
+            axes.set_yscale("log")
+            _plain(axes)
+    above[0].set_ylabel("gradient norm", fontsize=8, color=INK)
+    above[0].legend(frameon=False, fontsize=8)
+    below[0].set_ylabel("relative difference; dotted: the bound", fontsize=8, color=INK)
     _save(figure, file)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compare, linear_memory, readme, store, sweeps, tables
+from benchmarks import compare, linear_memory, parity_page, readme, store, sweeps, tables
 
 
 def write_tables(folder: Path, operator: str) -> None:
@@ -74,8 +74,9 @@ def _index(folder: Path, cases: list[dict[str, Any]]) -> str:
         links.append(f"[{operator}]({operator}.md){head}")
     if (folder / "memory" / "linear.md").exists():
         links.append("[memory](memory/linear.md)")
-    if (folder / "scaling" / "index.md").exists():
-        links.append("[scaling](scaling/index.md)")
+    for page in ("scaling", "parity"):
+        if (folder / page / "index.md").exists():
+            links.append(f"[{page}]({page}/index.md)")
     promises = [floor["met"] for case in cases for floor in case["floors"]]
     lines += ["", f"Pages: {', '.join(links)}.", ""]
     lines += [f"Promises: {promises.count(True)} kept, {promises.count(False)} not, "
@@ -92,6 +93,7 @@ def write_folder(folder: Path) -> None:
 
     sweeps.write_pages(folder / "scaling")
     write_memory(folder / "memory")
+    parity_page.write_pages(folder / "parity")
     files = sorted(folder.glob("*.json"))
     for file in files:
         plots.contestants(store.read(file), folder / f"{file.stem}.png")

@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Reads one metric from a layout's sums and maxima, both by name.
-Reader = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
+# An entry of the vector: a tensor on the loss's device, or a number, once they are all at hand.
+Entry = Any
+# Reads one metric from the entries by name.
+Reader = Callable[["Entries"], Entry]
+
+
+def at_least(entry: Entry, bound: float) -> Entry:
+    return entry.clamp(min=bound) if isinstance(entry, Tensor) else max(entry, bound)
+
+
+def quotient(a: Entry, b: Entry) -> Entry:
+    """a / b, as floating-point numbers have it where b is 0."""
+    if isinstance(b, Tensor) or b != 0:
+        return a / b
+    return math.nan if a == 0 or a != a else math.copysign(math.inf, a)
 
 
 def mean(numerator: str, denominator: str = "tokens") -> Reader:
     """sum / count, 0 over nothing."""
-    return lambda sums, _: sums[numerator] / sums[denominator].clamp(min=1)
+    return lambda entries: entries[numerator] / at_least(entries[denominator], 1)
 
 
 def largest(name: str, count: str = "") -> Reader:
     """The extremum over nothing is NaN: where `count` is 0, or for finite entries none was seen."""
-    return lambda sums, maxima: _or_nan(maxima[name], sums, maxima[name], count)
+    return lambda entries: _or_nan(entries[name], entries[name], entries[count] if count else None)
 
 
 def smallest(name: str, count: str = "") -> Reader:
     """Of an entry that is kept negated, so that one kind of reduction serves both."""
     name = "minus_" + name
-    return lambda sums, maxima: _or_nan(-maxima[name], sums, maxima[name], count)
+    return lambda entries: _or_nan(-entries[name], entries[name], entries[count] if count else None)
 
 
-def _or_nan(value: Tensor, sums: Mapping[str, Tensor], entry: Tensor, count: str) -> Tensor:
-    nothing = sums[count] == 0 if count else entry == -torch.inf
-    return torch.where(nothing, torch.nan, value)
+def _or_nan(value: Entry, entry: Entry, count: Entry | None) -> Entry:
+    nothing = entry == -torch.inf if count is None else count == 0
+    if isinstance(value, Tensor):
+        return torch.where(nothing, torch.nan, value)
+    return math.nan if nothing else value
 
 
 class Layout:
@@ -42,9 +58,21 @@ class Layout:
         self.sums = sums
         self.maxima = maxima
         self.readers = dict(readers)
+        self.places = {name: i for i, name in enumerate(sums + maxima)}
 
     def __len__(self) -> int:
         return len(self.sums) + len(self.maxima)
+
+
+class Entries:
+    """The entries of a vector, or of its list, by name."""
+
+    def __init__(self, layout: Layout, vector: Tensor | list[float]) -> None:
+        self._places = layout.places
+        self._vector = vector
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._vector[self._places[name]]
 
 
 class Metrics(Mapping[str, Tensor]):
@@ -67,7 +95,7 @@ class Metrics(Mapping[str, Tensor]):
             known = name in self._layout.readers
             reason = "this loss or call does not have it" if known else "there is no such metric"
             raise KeyError(f"{name!r}: {reason}; there are {', '.join(self._names)}")
-        return self._layout.readers[name](*self._entries())
+        return self._layout.readers[name](Entries(self._layout, self.vector))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -77,13 +105,6 @@ class Metrics(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return f"Metrics({', '.join(self._names)})"
-
-    def _entries(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        cut = len(self._layout.sums)
-        return (
-            dict(zip(self._layout.sums, self.vector[:cut], strict=True)),
-            dict(zip(self._layout.maxima, self.vector[cut:], strict=True)),
-        )
 
     def _same_kind(self, other: Metrics) -> bool:
         return self._layout is other._layout and self._names == other._names
@@ -128,5 +149,5 @@ class Metrics(Mapping[str, Tensor]):
 
     def item_dict(self) -> dict[str, float]:
         """Every metric as a Python float, with one wait for the device."""
-        values = torch.stack([self[name] for name in self._names]).tolist()
-        return dict(zip(self._names, values, strict=True))
+        entries = Entries(self._layout, self.vector.tolist())
+        return {name: self._layout.readers[name](entries) for name in self._names}

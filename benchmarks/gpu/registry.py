@@ -27,7 +27,8 @@ class Contestant:
         name: Who computes it. Names that start with "rlkern" are ours.
         build: Imports what is needed and returns the function to time. An ImportError, or any
             other error, becomes the reason for which the contestant is skipped.
-        target: The share of the copy bandwidth that we promise, None where nothing is promised.
+        target: The share of the floor (of the copy bandwidth, or of the bf16 product where the
+            case says how much it multiplies) that we promise, None where nothing is.
         dry: Whether a dry run builds it too; false for what takes long to compile.
     """
 
@@ -67,6 +68,11 @@ class GpuCase(ABC):
     @abstractmethod
     def bytes_moved(self, task: str) -> int:
         """Bytes that no implementation of a task can avoid: inputs read and outputs written."""
+
+    def flop(self, task: str) -> int:
+        """Operations of the matrix products that no implementation of a task can avoid, where
+        these and not the bytes are what binds; 0 elsewhere."""
+        return 0
 
     @abstractmethod
     def prepare(self, task: str) -> tuple[Any, ...]:

@@ -29,7 +29,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # The most that one contestant may take, compiling included, and what lies before the first one and
 # between two: imports, the inputs of a case.
 CONTESTANT_SECONDS, START_SECONDS = 180.0, 300.0
-PACKAGES = ("torch", "triton", "trl", "liger-kernel", "flash-attn", "quack-kernels")
+PACKAGES = (
+    "torch", "triton", "trl", "liger-kernel", "flash-attn", "quack-kernels", "cut-cross-entropy"
+)  # fmt: skip
 
 
 def key(case: type[registry.GpuCase], contestant: registry.Contestant) -> str:
@@ -76,6 +78,7 @@ def measure(
         "highest": max(taken),
         "samples": len(taken),
         "bytes_moved": case.bytes_moved(contestant.task),
+        "flop": case.flop(contestant.task),
     }
     return entry
 

@@ -152,6 +152,38 @@ def advantages_of(
     )  # fmt: skip
 
 
+def round_of(
+    policy, reference, completions: Completions, advantages: Tensor, config: GRPOConfig
+) -> Round:
+    """A round with what its loss compares with: the policy before it learns, and the one at the
+    start (None without a KL)."""
+    if config.mask_truncated:
+        whole = completions.mask & completions.finished[:, None]
+        completions = completions._replace(mask=whole)
+    old, ref = None, None
+    if config.epochs * config.minibatches > 1:
+        old = logprobs_of(policy, completions, config)
+    if reference is not None and config.objective().kl_estimator != "exact":
+        ref = logprobs_of(reference, completions, config)
+    return Round(completions, advantages, old, ref)
+
+
+def learn_from(
+    policy, optimizer, batch: Round, max_new_tokens: int, config: GRPOConfig, reference=None
+) -> tuple[list[Metrics], list[float]]:
+    """All passes over a round, in mini-batches at random: what `update` returns, step by step."""
+    found, norms = [], []
+    for _ in range(config.epochs):
+        order = torch.randperm(len(batch.advantages), device=batch.advantages.device)
+        for rows in order.chunk(config.minibatches):
+            metrics, norm = update(
+                policy, optimizer, batch.select(rows), max_new_tokens, config, reference
+            )
+            found.append(metrics)
+            norms.append(norm)
+    return found, norms
+
+
 def update(
     policy, optimizer, batch: Round, max_new_tokens: int, config: GRPOConfig, reference=None
 ) -> tuple[Metrics, float]:
@@ -233,28 +265,11 @@ def _train(config: GRPOConfig) -> dict[str, float]:
             }
             run.samples(step, asked, completions, setting.tokenizer, rewards)
 
-            # What the loss compares with: the policy before it learns, and the one at the start.
-            if config.mask_truncated:
-                whole = completions.mask & completions.finished[:, None]
-                completions = completions._replace(mask=whole)
-            old, ref = None, None
-            if config.epochs * config.minibatches > 1:
-                old = logprobs_of(policy, completions, config)
-            if reference is not None and config.objective().kl_estimator != "exact":
-                ref = logprobs_of(reference, completions, config)
-            batch = Round(completions, advantages, old, ref)
-
             # Learn.
-            found, norms = [], []
-            for _ in range(config.epochs):
-                order = torch.randperm(len(rewards), device=rewards.device)
-                for rows in order.chunk(config.minibatches):
-                    loss_metrics, norm = update(
-                        policy, optimizer, batch.select(rows), setting.max_new_tokens, config,
-                        reference,
-                    )  # fmt: skip
-                    found.append(loss_metrics)
-                    norms.append(norm)
+            batch = round_of(policy, reference, completions, advantages, config)
+            found, norms = learn_from(
+                policy, optimizer, batch, setting.max_new_tokens, config, reference
+            )
             of_loss = sum(found).item_dict()
             metrics |= {name: of_loss[ours] for name, ours in LOGGED.items() if ours in of_loss}
             metrics["losses/grad_norm"] = sum(norms) / len(norms)

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
-from torch import Tensor
-
-from rlkern.metrics import Layout, Reader, largest, mean, smallest
+from rlkern.metrics import (
+    Entries,
+    Entry,
+    Layout,
+    Reader,
+    at_least,
+    largest,
+    mean,
+    quotient,
+    smallest,
+)
 from rlkern.reference import policy_loss as policy_definition
 from rlkern.reference import value_loss as value_definition
 
 
-def _clip_frac(sums: Any, maxima: Any) -> Tensor:
-    return (sums["clip_low"] + sums["clip_high"]) / sums["ratio_units"].clamp(min=1)
+def _clip_frac(of: Entries) -> Entry:
+    return (of["clip_low"] + of["clip_high"]) / at_least(of["ratio_units"], 1)
 
 
-def _effective_sample_size(sums: Any, maxima: Any) -> Tensor:
+def _effective_sample_size(of: Entries) -> Entry:
     """mean(w)^2 / mean(w^2), 0 where every weight is 0."""
-    w, squared, n = sums["rollout_weight"], sums["rollout_weight_squared"], sums["tokens"]
-    return w * w / (squared * n).clamp(min=math.ulp(0.0))
+    w, squared, n = of["rollout_weight"], of["rollout_weight_squared"], of["tokens"]
+    return w * w / at_least(squared * n, math.ulp(0.0))
 
 
 POLICY_READERS: dict[str, Reader] = {
@@ -43,21 +50,21 @@ POLICY_READERS: dict[str, Reader] = {
     "rollout_ess": _effective_sample_size,
     "kept_frac": mean("kept"),
     "vespo_phi_mean": mean("vespo_phi", "vespo_units"),
-    "tokens": lambda sums, _: sums["tokens"],
-    "sequences": lambda sums, _: sums["sequences"],
+    "tokens": lambda of: of["tokens"],
+    "sequences": lambda of: of["sequences"],
 }
 POLICY_METRICS = Layout(policy_definition.SUMS, policy_definition.MAXIMA, POLICY_READERS)
 
 
-def _explained_variance(sums: Any, maxima: Any) -> Tensor:
+def _explained_variance(of: Entries) -> Entry:
     """1 - var(R - v) / var(R); NaN where the returns do not vary."""
-    n = sums["tokens"].clamp(min=1)
+    n = at_least(of["tokens"], 1)
 
-    def variance(name: str) -> Tensor:
-        mean_of = sums[name] / n
-        return (sums[name + "_squared"] / n - mean_of * mean_of).clamp(min=0)
+    def variance(name: str) -> Entry:
+        mean_of = of[name] / n
+        return at_least(of[name + "_squared"] / n - mean_of * mean_of, 0)
 
-    return 1 - variance("residual") / variance("return")
+    return 1 - quotient(variance("residual"), variance("return"))
 
 
 VALUE_METRICS = Layout(
@@ -69,7 +76,7 @@ VALUE_METRICS = Layout(
         "explained_variance": _explained_variance,
         "value_mean": mean("value"),
         "return_mean": mean("return"),
-        "tokens": lambda sums, _: sums["tokens"],
-        "sequences": lambda sums, _: sums["sequences"],
+        "tokens": lambda of: of["tokens"],
+        "sequences": lambda of: of["sequences"],
     },
 )

@@ -31,14 +31,6 @@ def run_pytest(*arguments):
     )
 
 
-def run_toy(file, *options):
-    """A file of toys; by its own name, as some package's `tests` may hide the clone's."""
-    name = HERE / file
-    return run_pytest(
-        name, "--import-mode=prepend", "-p", "benchmarks.conftest", "--quick", *options
-    )
-
-
 def rows(text, heading):
     """The rows of the Markdown table that starts with this heading, by their first cell."""
     lines = iter(text.splitlines())
@@ -122,7 +114,7 @@ class TestReturnScanErrors:
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_missed_floor_fails_only_where_asked(strict):
     options = ["--check-floors"] if strict else []
-    run = run_toy("toy_bench.py", *options)
+    run = run_pytest(HERE / "toy_bench.py", "-p", "benchmarks.conftest", "--quick", *options)
     assert run.returncode == strict, run.stdout + run.stderr
     assert "wrong: error double 1.0e+00" in run.stdout
     assert "skipped: ModuleNotFoundError: No module named 'no_such_peer'" in run.stdout
@@ -131,7 +123,7 @@ def test_a_missed_floor_fails_only_where_asked(strict):
 
 
 def test_ours_may_be_absent_but_not_fail():
-    run = run_toy("toy_broken.py", "-rs")
+    run = run_pytest(HERE / "toy_broken.py", "-p", "benchmarks.conftest", "--quick", "-rs")
     assert "1 failed, 2 skipped" in run.stdout, run.stdout + run.stderr
     assert "double/rlkern wrong call skipped: TypeError: unexpected argument" in run.stdout
     assert "SKIPPED" in run.stdout and "cannot serve double: not built" in run.stdout

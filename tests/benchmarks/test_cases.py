@@ -1,6 +1,7 @@
 """The cases' own judgement: who runs here is right, and a spoilt output is not."""
 
 import importlib
+import math
 import sys
 
 import pytest
@@ -31,11 +32,10 @@ NAMES = ("rlkern", "eager", "eager, any ids", "a loop over groups")
 
 
 def tensors(outputs):
-    """The tensors of outputs, in dicts and tuples too."""
+    """The tensors of outputs, beside which there may be metrics by name."""
     if isinstance(outputs, torch.Tensor):
         return [outputs]
-    parts = outputs.values() if isinstance(outputs, dict) else outputs
-    return [tensor for part in parts for tensor in tensors(part)]
+    return [tensor for part in outputs if not isinstance(part, dict) for tensor in tensors(part)]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -61,6 +61,45 @@ def test_contestants_are_right_and_spoilt_ones_are_wrong(name):
                 lost = case.errors(contestant.task, outputs).values()
                 assert not all(error <= case.tolerance for error in lost), contestant.key
                 tensor.copy_(kept)
+        for metrics in (part for part in outputs if isinstance(part, dict)):
+            for name, number in list(metrics.items()):
+                for spoilt in (number + 1, math.nan):
+                    metrics[name] = spoilt
+                    wrong = case.errors(contestant.task, outputs).values()
+                    assert not all(error <= case.tolerance for error in wrong), name
+                metrics[name] = number
+
+
+class TestFromLogits:
+    """A gradient that forgets the clip, a fifth of an entry, another token: each is seen."""
+
+    @pytest.fixture(scope="class", params=["float32", "bfloat16"])
+    def case(self, request):
+        return from_logits.FromLogits(rows=4, tokens=64, vocab=512, dtype=request.param)
+
+    def test_who_runs_here_is_right(self, case):
+        for contestant in case.contestants:
+            if contestant.name in ("rlkern", "rlkern in place", "rlkern in steps", "eager"):
+                outputs = contestant.build()(*case.prepare(contestant.task))
+                errors = case.errors(contestant.task, outputs)
+                assert all(error <= case.tolerance for error in errors.values()), contestant.key
+
+    def test_a_loss_without_the_clip_is_wrong(self, case):
+        def unclipped(logits, ids, old, advantages):
+            ratio = (logprobs.eager(logits, ids) - old).exp()
+            return -(ratio * advantages[:, None]).mean()
+
+        run = from_logits.with_gradient(lambda: unclipped)()
+        errors = case.errors(from_logits.TASK, run(*case.prepare(from_logits.TASK)))
+        assert errors["gradient"] > 5 * case.tolerance
+
+    def test_another_token_and_a_longer_gradient_are_wrong(self, case):
+        run = from_logits.with_gradient(from_logits.build_eager)()
+        logits, ids, *rest = case.prepare(from_logits.TASK)
+        wrong = case.errors(from_logits.TASK, run(logits, ids.roll(1), *rest))
+        assert wrong["gradient"] > case.tolerance
+        loss, gradient = run(*case.prepare(from_logits.TASK))
+        assert case.errors(from_logits.TASK, (loss, 1.1 * gradient))["gradient"] > case.tolerance
 
 
 #: Those whose contestants are judged in files of their own, too.

@@ -27,6 +27,8 @@ class FailsLater:
 
 
 class Breaking(Toy):
+    __module__ = "toy_broken"  # as in toy_bench.py
+
     contestants = (
         Contestant("double", "rlkern in place", lambda: in_place),
         Contestant("double", "dies", lambda: dies),
@@ -40,6 +42,8 @@ class Breaking(Toy):
 
 
 class Unjudged(Toy):
+    __module__ = "toy_broken"
+
     def errors(self, task, outputs):
         raise ArithmeticError("the judge is broken")
 
@@ -53,6 +57,8 @@ def wrong_call(x):
 
 
 class Ours(Toy):
+    __module__ = "toy_broken"
+
     contestants = (
         Contestant("double", "rlkern not built", lambda: not_built),
         Contestant("double", "rlkern wrong call", lambda: wrong_call),

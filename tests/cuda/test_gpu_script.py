@@ -150,12 +150,20 @@ def test_verdicts():
         "bytes_moved": 95,
         "seconds": 1,
     }
-    assert summary.verdict(entry, 100.0, True).startswith("correct, fast")
-    assert summary.verdict(entry, 200.0, True).startswith("correct (not fast")
+
+    def said(entry, copy=100.0, product=1.0):
+        ceilings = {"copy_bytes_per_second": copy, "bf16_flop_per_second": product}
+        return summary.verdict(entry, ceilings, True)
+
+    assert said(entry) == "correct, fast (at least 90% of copy)"
+    assert said(entry, copy=200.0) == "correct (not fast: 90% of copy was promised)"
+    products = entry | {"flop": 19, "bytes_moved": 0}
+    assert said(products, product=20.0) == "correct, fast (at least 90% of product)"
+    assert said(products, product=30.0).startswith("correct (not fast: 90% of product")
     wrong = {"status": "wrong", "name": "rlkern native", "reason": "logprob 1 > 0.1"}
-    assert summary.verdict(wrong, 100.0, True) == "neither: logprob 1 > 0.1"
+    assert said(wrong) == "neither: logprob 1 > 0.1"
     absent = {"status": "skipped", "name": "QuACK", "reason": "not installed"}
-    assert summary.verdict(absent, 100.0, True) == "left out: not installed"
+    assert said(absent) == "left out: not installed"
 
 
 @pytest.mark.parametrize("text", ["{}", '{"entries": {}}', "[]", "{"])

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from batches import RTOL, call, random_batch
 from metrics_of_parts import loss_of, metrics_of, process
 
-from rlkern import PolicyLoss
+from rlkern import PolicyLoss, ValueLoss
 from rlkern.losses import PRESETS
 
 PARTS = (slice(0, 3), slice(3, 4), slice(4, 8))
@@ -80,6 +80,36 @@ def test_each_is_a_tensor_without_dimensions_or_gradient(backend):
     assert all(type(value) is float for value in numbers.values())
     assert numbers["kl"] == float(metrics["kl"])
     assert "kl" in repr(metrics)
+
+
+@pytest.mark.parametrize("nothing", [False, True], ids=["some", "nothing counts"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_numbers_are_the_tensors_own(preset, nothing):
+    """item_dict reads Python numbers, and not each tensor: to the bit."""
+    batch = random_batch(4, 5)
+    if nothing:
+        batch |= {"mask": torch.zeros(4, 5, dtype=torch.bool)}
+    metrics = metrics_of(loss_of(preset), batch)
+    read = torch.tensor(list(metrics.item_dict().values()), dtype=torch.float64)
+    torch.testing.assert_close(
+        read, torch.stack(list(metrics.values())), rtol=0, atol=0, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("returns", ["vary", "equal", "equal to the values", "not a number"])
+def test_numbers_of_values_are_the_tensors_own(returns):
+    """Where explained_variance divides by 0, too."""
+    values = torch.randn(3, 4)
+    target = {"vary": torch.randn(3, 4), "equal": torch.ones(3, 4)}.get(returns, values.clone())
+    if returns == "equal to the values":
+        values = target = torch.ones(3, 4)
+    if returns == "not a number":
+        target = torch.full((3, 4), torch.nan)
+    metrics = ValueLoss(clip=None)(values, target).metrics
+    read = torch.tensor(list(metrics.item_dict().values()), dtype=torch.float64)
+    torch.testing.assert_close(
+        read, torch.stack(list(metrics.values())), rtol=0, atol=0, equal_nan=True
+    )
 
 
 def test_what_a_loss_measures_depends_on_it():
