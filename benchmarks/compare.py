@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.linear_memory import OURS
 from benchmarks.store import identity
 from benchmarks.tables import heads, mebibytes, table, title
 
@@ -180,7 +181,7 @@ def memory(
         if old[key[0]] == new.get(key[0]):
             word = AGAIN
         rows.append([*key, mebibytes(was), "-" if now is None else mebibytes(now), word])
-        if word in ("larger", "gone") and not key[-1].startswith("eager"):
+        if word in ("larger", "gone") and key[-1] in OURS:
             worse.append(f"- memory, {', '.join(key)}: {word}")
     if not rows:
         return [], False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,12 @@ def write_memory(folder: Path) -> None:
     """The page of the memory by number of tokens; nothing where it was not measured."""
     if (folder / "linear.json").exists():
         kept = store.read_memory(folder.parent)["linear"]
-        text = [*tables.facts(kept["machine"]), "", linear_memory.render(kept["points"])]
+        # Older files do not say who was left out, nor why.
+        points = [
+            point | {"left_out": defaultdict(lambda: "not measured", point.get("left_out", {}))}
+            for point in kept["points"]
+        ]
+        text = [*tables.facts(kept["machine"]), "", linear_memory.render(points)]
         store.write(folder / "linear.md", "\n".join(text))
 
 

@@ -64,8 +64,9 @@ def admit(
         finally:
             announce("")
         # Outside of the `try`: a judge that fails is no fault of the contestant's.
-        errors = entry["errors"] = case.errors(contestant.task, outputs)
+        errors = case.errors(contestant.task, outputs)
         del arguments, outputs
+        entry["errors"] = errors
         # Written so that a NaN is wrong too.
         if not all(value <= case.tolerance for value in errors.values()):
             worst = ", ".join(f"{name} {value:.1e}" for name, value in errors.items())

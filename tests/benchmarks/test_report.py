@@ -149,7 +149,7 @@ class TestCompare:
     @pytest.mark.parametrize("change", [None, 2 << 20, 1 << 10, "gone"])
     def test_memory_by_tokens(self, change):
         def files(extra, eager):
-            point = {"tokens": 8, "width": 2, "vocab": 4, "extra": {"eager, trained head": eager}}
+            point = {"tokens": 8, "width": 2, "vocab": 4, "extra": {"Liger, trained head": eager}}
             if extra is not None:
                 point["extra"]["from_hidden, trained head"] = extra
             return {"linear": {"machine": MACHINE, "points": [point]}}
@@ -161,11 +161,11 @@ class TestCompare:
             assert not worse and "not measured again" in lines[-1]
             assert compare.memory(old, {})[1]
             return
-        # What eager takes is no regression of ours.
+        # What a peer takes is no regression of ours.
         new = files(None if change == "gone" else (5 << 20) + change, 2 << 30)
         lines, worse = compare.memory(old, new)
         assert worse == (change != 1 << 10) and any(
-            "eager" in line and "larger" in line for line in lines
+            "Liger" in line and "larger" in line for line in lines
         )
 
     def test_slower_beyond_noise_is_named(self, case):
