@@ -216,9 +216,9 @@ class PolicyLosses(Case):
     #: Three inputs are read where there is a KL term, and one gradient is written.
     bounds = {
         task("dapo + k3"): ("read", "read", "copy"),
-        task("gspo"): ("read", "copy"),
-        task("clip"): ("read", "copy"),
-        task("clip by sequence"): ("read", "copy"),
+        task("gspo"): ("copy", "read"),
+        task("clip"): ("copy", "read"),
+        task("clip by sequence"): ("copy", "read"),
     }
 
     def __init__(self, sequences: int, tokens: int, cache: str) -> None:
