@@ -18,6 +18,7 @@ from benchmarks import bench_token_logprobs as logprobs
 from benchmarks import bench_value_loss as value
 from benchmarks import bench_whiten as whiten
 from benchmarks import ceilings, peers
+from benchmarks.case import Case
 
 CASES = {
     "group_advantages": lambda: groups.GroupAdvantages(**groups.QUICK_SHAPE, cache="warm"),
@@ -146,3 +147,14 @@ class TestPeers:
     def test_a_gpu_peer_gives_its_reason(self):
         with pytest.raises(NotImplementedError, match="x runs on a GPU only"):
             peers.gpu_only("x")()
+
+
+def test_an_error_has_a_tolerance_of_its_own_or_one_for_all():
+    case = Case()
+    case.tolerance = 1e-2
+    assert case.right({"a": 1e-2, "b": 0.0}) and not case.right({"a": 0.0, "b": 1.1e-2})
+    case.tolerance = {"a": 1.0, "b": 1e-3}
+    assert case.right({"a": 0.9, "b": 1e-3}) and not case.right({"a": 1e-3, "b": 0.9})
+    assert not case.right({"a": 0.0, "b": float("nan")})
+    with pytest.raises(KeyError, match="no_such_error"):
+        case.right({"no_such_error": 0.0})
