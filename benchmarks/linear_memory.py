@@ -42,12 +42,12 @@ EAGER_BYTES = 2 + 4 * 4
 def objective(name: str) -> Callable[..., torch.Tensor]:
     """(hidden, weight, ids, old, advantages) -> a loss."""
     import rlkern
-    from benchmarks import bench_linear
+    from benchmarks import linear_contestants
 
     if name == EAGER:
-        return bench_linear.eager
+        return linear_contestants.eager
     if name.startswith("from_hidden"):
-        return bench_linear.build_rlkern()
+        return linear_contestants.build_rlkern()
     return lambda h, w, ids, *_: rlkern.linear_token_logprobs(h, w, ids).sum()
 
 

@@ -18,6 +18,7 @@ from benchmarks import bench_token_logprobs as logprobs
 from benchmarks import bench_value_loss as value
 from benchmarks import bench_whiten as whiten
 from benchmarks import ceilings, peers
+from benchmarks import linear_contestants as heads
 from benchmarks.case import Case
 
 CASES = {
@@ -88,6 +89,89 @@ def test_every_call_has_the_inputs_that_were_judged(name):
     before = [x.detach().clone() for x in values()]
     ceilings.candidates(case.bulk)["ceiling/scale/mul_"]()
     assert all(torch.equal(x, y) for x, y in zip(before, values(), strict=True))
+
+
+class TestHeads:
+    """What a contestant of the lm_head cases may get wrong, and that it is called wrong."""
+
+    @pytest.fixture(scope="class", params=["bfloat16", "float32"])
+    def case(self, request):
+        return linear.FromHidden(**linear.QUICK_SHAPE, dtype=request.param)
+
+    @pytest.fixture(scope="class")
+    def rows(self):
+        return linear.LinearTokenLogprobs(**linear.QUICK_SHAPE)
+
+    TASKS = (linear.TRAINED, linear.FROZEN, linear.HALF, linear.HALF_BARE)
+
+    @staticmethod
+    def by_eager(case, task, loss=heads.eager):
+        return heads.with_gradients(lambda: loss)()(*case.prepare(task))
+
+    @pytest.mark.parametrize("cls", [linear.FromHidden, linear.LinearTokenLogprobs])
+    def test_contestants_are_right(self, cls):
+        case = cls(**linear.QUICK_SHAPE)
+        for contestant in case.contestants:
+            if contestant.name in ("torch.compile", "Liger", "TRL"):
+                continue
+            outputs = contestant.build()(*case.prepare(contestant.task))
+            errors = case.errors(contestant.task, outputs)
+            assert errors and case.right(errors), (contestant.key, errors)
+
+    def test_a_fifth_is_clipped_and_none_near_a_bound(self):
+        case = linear.FromHidden(tokens=1024, width=8, vocab=512)
+        for bound in (1 - heads.CLIP_LOW, 1 + heads.CLIP_HIGH):
+            assert (case.ratio - bound).abs().min() > 0.05
+        needed, learning = case.rows(linear.TRAINED)
+        assert needed == 1024 and 0.75 < learning / needed < 0.85
+        assert case.rows(linear.HALF)[0] == 1024 and case.rows(linear.HALF_BARE)[0] == 512
+        assert case.rows(linear.HALF)[1] == case.rows(linear.HALF_BARE)[1] < 512
+
+    def test_the_rows_that_count_are_those_with_a_gradient(self, case):
+        for task in self.TASKS:
+            found = (case.old + case.ratio.log()).requires_grad_()
+            loss = heads.objective(found, case.old, case.prepare(task)[4])
+            (gradient,) = torch.autograd.grad(loss, found)
+            assert (gradient != 0).sum() == case.rows(task)[1]
+
+    @pytest.mark.parametrize("task", TASKS)
+    def test_a_loss_without_its_clip(self, case, task):
+        def unclipped(hidden, weight, ids, old, advantages):
+            ratio = (heads.token_logprobs(hidden, weight, ids) - old).exp()
+            return -(ratio * advantages[:, None]).mean()
+
+        errors = case.errors(task, self.by_eager(case, task, unclipped))
+        assert all(error > 2 * case.allowed(name) for name, error in errors.items()), errors
+
+    @pytest.mark.parametrize("task", TASKS)
+    def test_one_factor_scaled(self, case, task):
+        loss, gradients = self.by_eager(case, task)
+        assert case.right(case.errors(task, (loss, gradients)))
+        scale = case._advantages(task).abs().mean()
+        assert not case.right(case.errors(task, (loss + 0.05 * scale, gradients)))
+        for i in range(len(gradients)):
+            for change in (lambda g: 1.05 * g, lambda g: g * torch.nan):
+                wrong = [change(g) if i == j else g for j, g in enumerate(gradients)]
+                assert not case.right(case.errors(task, (loss, wrong))), i
+
+    def test_the_logprob_of_another_token(self, case, rows):
+        def other(hidden, weight, ids, *rest):
+            return heads.eager(hidden, weight, ids.roll(1, 1), *rest)
+
+        errors = case.errors(linear.TRAINED, self.by_eager(case, linear.TRAINED, other))
+        assert all(error > case.allowed(name) for name, error in errors.items()), errors
+        hidden, weight, ids, _ = rows.prepare(linear.VALUES)
+        wrong = heads.token_logprobs(hidden, weight, ids.roll(1, 1))
+        assert not rows.right(rows.errors(linear.VALUES, wrong))
+
+    def test_each_output_of_the_logprobs(self, rows):
+        task = linear.GRADIENTS
+        found, gradients = heads.with_upstream(lambda: heads.token_logprobs)()(*rows.prepare(task))
+        assert rows.right(rows.errors(task, (found, gradients)))
+        assert not rows.right(rows.errors(task, (1.01 * found, gradients)))
+        for i in range(2):
+            wrong = [1.05 * g if i == j else g for j, g in enumerate(gradients)]
+            assert not rows.right(rows.errors(task, (found, wrong))), i
 
 
 class TestStep:
