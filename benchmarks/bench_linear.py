@@ -23,15 +23,15 @@ import torch
 from benchmarks import linear_memory
 from benchmarks.case import SHORT, Case, Contestant, Floor, Plan
 from benchmarks.linear_contestants import (
-    CLIP_HIGH,
-    CLIP_LOW,
     LOGPROBS,
     LOSSES,
     build_products,
     build_rlkern,
     build_rlkern_logprobs,
     chosen,
+    draw_ratios,
     eager_counting_rows,
+    learns,
     objective,
     with_gradients,
     with_upstream,
@@ -62,10 +62,10 @@ PLAN = Plan(processes=2, rounds=5, seconds=1.0, least=2)
 # at most; the logits under it, of a unit or two, add a tenth of that. An error in it is the same
 # error in its ratio, so in its row's gradient: 1/32 at most, 1/32/sqrt(3) = 1.8e-2 in the 2-norm,
 # beside which what bf16 logits and results add (three roundings of 2^-9) is small. In the loss
-# errors of either sign meet: the mean of 1000 such is 6e-4, of 64, in the quick shape, 2e-3.
+# these errors meet with either sign: three sigma of the quick shape's 64 rows are 7e-3.
 # fp32: a sum of n products is off by up to sqrt(n) * 2^-24, 2.3e-5 over the larger vocabulary.
 TOLERANCE = {
-    torch.bfloat16: {"loss": 5e-3, "logprobs": 5e-3, "hidden": 2e-2, "weight": 2e-2, "shape": 0.0},
+    torch.bfloat16: {"loss": 7e-3, "logprobs": 5e-3, "hidden": 2e-2, "weight": 2e-2, "shape": 0.0},
     torch.float32: {"loss": 3e-5, "logprobs": 3e-5, "hidden": 3e-5, "weight": 3e-5, "shape": 0.0},
 }
 
@@ -86,10 +86,6 @@ class Head(Case):
 
     def normal(self, *size: int) -> torch.Tensor:
         return torch.randn(*size, generator=self.generator)
-
-    def uniform(self, low: float, high: float) -> torch.Tensor:
-        """One value a token."""
-        return low + (high - low) * torch.rand(self.shape, generator=self.generator)
 
     def factors(self, task: str) -> tuple[torch.Tensor, torch.Tensor]:
         weight = self.weight.clone().requires_grad_(task not in (FROZEN, VALUES))
@@ -141,12 +137,7 @@ class FromHidden(Head):
     def __init__(self, **params: Any) -> None:
         super().__init__(**params)
         logprobs = chosen(self.hidden.double() @ self.weight.double().t(), self.token_ids)
-        # No ratio is within 0.05 of a bound, which rounding could then carry it across with its
-        # whole gradient; a fifth lie beyond each, and the sign of A says which of them are clipped.
-        inside = self.uniform(1 - CLIP_LOW + 0.06, 1 + CLIP_HIGH - 0.06)
-        below, above = self.uniform(0.5, 1 - CLIP_LOW - 0.06), self.uniform(1.34, 1.7)
-        place = self.uniform(0, 1)
-        self.ratio = torch.where(place < 0.2, below, torch.where(place > 0.8, above, inside))
+        self.ratio = draw_ratios(self.shape, self.generator)
         self.old = (logprobs - self.ratio.double().log()).float()
         self.advantages = self.normal(SEQUENCES)
 
@@ -172,9 +163,8 @@ class FromHidden(Head):
     def rows(self, task: str) -> tuple[int, int]:
         """How many rows need logits, and how many of them gradients."""
         a = self._advantages(task)[:, None].expand(self.shape)
-        held = ((a > 0) & (self.ratio > 1 + CLIP_HIGH)) | ((a < 0) & (self.ratio < 1 - CLIP_LOW))
         needed = (a != 0).sum().item() if task == HALF_BARE else a.numel()
-        return needed, ((a != 0) & ~held).sum().item()
+        return needed, learns(self.ratio, a).sum().item()
 
     def prepare(self, task: str) -> tuple[Any, ...]:
         given = *self.factors(task), self.token_ids, self.old, self._advantages(task)
