@@ -58,14 +58,15 @@ SEQUENCES = 4
 #: slow ones get two rounds: all of this file then ends in seven minutes on two cores.
 PLAN = Plan(processes=2, rounds=5, seconds=1.0, least=2)
 # Log-probabilities and gradients in the 2-norm, the loss over the mean of |A|.
-# bf16: a log-probability near -11 that is returned in bf16 is off by up to 1/32, or 2^-8 of itself
-# at most; the logits under it, of a unit or two, add a tenth of that. An error in it is the same
-# error in its ratio, so in its row's gradient: 1/32 at most, 1/32/sqrt(3) = 1.8e-2 in the 2-norm,
-# beside which what bf16 logits and results add (three roundings of 2^-9) is small. In the loss
-# these errors meet with either sign: three sigma of the quick shape's 64 rows are 7e-3.
+# bf16: who returns log-probabilities in bf16 has rounded the log-sum-exp and the result, near 11
+# both, by up to 1/32 each: 1.8e-2 in the mean square, and sqrt(2) of that together. It is the error
+# of a ratio, so of a row's gradient: 2.6e-2 in the 2-norm, beside which what bf16 logits and
+# results add (three roundings of 2^-9) is small, and of the log-probabilities 2.6e-2 / 11. A sixth
+# more is allowed, and twice that of the latter, as rows are few. In the loss these errors meet with
+# either sign: three sigma of the quick shape's 64 rows are 1e-2.
 # fp32: a sum of n products is off by up to sqrt(n) * 2^-24, 2.3e-5 over the larger vocabulary.
 TOLERANCE = {
-    torch.bfloat16: {"loss": 7e-3, "logprobs": 5e-3, "hidden": 2e-2, "weight": 2e-2, "shape": 0.0},
+    torch.bfloat16: {"loss": 1e-2, "logprobs": 5e-3, "hidden": 3e-2, "weight": 3e-2, "shape": 0.0},
     torch.float32: {"loss": 3e-5, "logprobs": 3e-5, "hidden": 3e-5, "weight": 3e-5, "shape": 0.0},
 }
 

@@ -30,11 +30,11 @@ QUICK_SHAPE = {"sequences": 2, "tokens": 32, "vocab": 4096, "width": 64, "layers
 PLAN = Plan(processes=2, rounds=3, seconds=4, least=2)
 # Of the gradients in the 2-norm, and of the loss over the mean of |A|. bf16 rounds activations and
 # gradients by 2^-9, forward and backward in some 60 products in a row: sqrt(60) * 2^-9 = 1.5e-2.
-# Eager, TRL and linear_cross_entropy round log-probabilities near -12 to bf16, by 1/32 at most,
-# which is the error of a ratio and so of a row's gradient: 3.5e-2 with the other, as independent
-# errors add. In the loss those of the rows, 1.8e-2 in the mean square, meet with either sign: three
-# sigma of the quick shape's 36 rows are 9e-3.
-TOLERANCE = {"loss": 1e-2, "lm_head": 3.5e-2, "rest": 3.5e-2, "no loss": 0.0}
+# Eager, TRL and linear_cross_entropy round log-probabilities near -12 to bf16, and some of them the
+# log-sum-exp before, by up to 1/32: 2.6e-2 in the mean square. It is the error of a ratio and so of
+# a row's gradient, 3.0e-2 with the other, and a sixth more is allowed as rows are few. In the loss
+# these errors meet with either sign: three sigma of the quick shape's 36 rows are 1.3e-2.
+TOLERANCE = {"loss": 1.3e-2, "lm_head": 3.5e-2, "rest": 3.5e-2, "no loss": 0.0}
 
 
 def surrogate(logprobs, old_logprobs, advantages):
@@ -103,8 +103,9 @@ class Without(torch.autograd.Function):
 
 def build_without():
     def loss(model, batch):
-        rows = hidden_states(model, batch).flatten(0, 1)[batch.order]
-        return Without.apply(rows, model.lm_head.weight, batch.learning)
+        order = batch.order[: heads.floor_rows(len(batch.order))]
+        rows = hidden_states(model, batch).flatten(0, 1)[order]
+        return Without.apply(rows, model.lm_head.weight, heads.floor_rows(batch.learning))
 
     return loss
 

@@ -121,7 +121,7 @@ class TestHeads:
     def test_a_fifth_is_clipped_and_none_near_a_bound(self):
         case = linear.FromHidden(tokens=1024, width=8, vocab=512)
         for bound in (1 - heads.CLIP_LOW, 1 + heads.CLIP_HIGH):
-            assert (case.ratio - bound).abs().min() > 0.05
+            assert (case.ratio - bound).abs().min() > 0.08
         needed, learning = case.rows(linear.TRAINED)
         assert needed == 1024 and 0.75 < learning / needed < 0.85
         assert case.rows(linear.HALF)[0] == 1024 and case.rows(linear.HALF_BARE)[0] == 512
