@@ -5,7 +5,7 @@ So that nobody reads a kernel's speed-up as a step's: the model's own work is th
 else, is what no loss can beat. The objective is GRPO with dapo's mean over tokens, on tokens of an
 older policy of which a fifth are clipped; all weights are trained in bf16.
 
-A quarter of the tokens is masked, and masked rows need no logits. Eager is the lines that trainers
+A fifth of the tokens is masked, and masked rows need no logits. Eager is the lines that trainers
 carry, over all positions; "eager, counting rows only" drops the masked ones before the lm_head, and
 so do torch.compile, TRL's selective_log_softmax and linear_cross_entropy here, which all take flat
 rows. TRL's fused head gets labels of -100 there, as it documents, and Liger the mask.
