@@ -121,7 +121,7 @@ class FromHidden(Head):
     operator = "from_hidden"
     contestants = (
         *(Contestant(TRAINED, name, with_gradients(build)) for name, build in LOSSES.items()),
-        Contestant(TRAINED, ALL, build_products),
+        Contestant(TRAINED, ALL, lambda: build_products(every=True)),
         Contestant(TRAINED, COUNTING, build_products),
         *(Contestant(FROZEN, name, with_gradients(build)) for name, build in LOSSES.items()),
         Contestant(FROZEN, COUNTING, build_products),

@@ -75,16 +75,16 @@ def floor_rows(count: int) -> int:
     return count // 16 * 16
 
 
-def build_products():
-    """The matrix products alone, of as many rows as the last argument says.
+def build_products(every: bool = False):
+    """The matrix products alone, of as many rows as the last argument says or of every one.
 
     Which rows does not change the time, so none are gathered: whoever leaves some out need not have
     written them.
     """
 
     def run(hidden, weight, *given):
-        of_logits, of_gradients = map(floor_rows, given[-1])
         flat = hidden.detach().flatten(0, 1)
+        of_logits, of_gradients = (len(flat),) * 2 if every else map(floor_rows, given[-1])
         logits = flat[:of_logits] @ weight.detach().t()
         found = []
         if hidden.requires_grad:

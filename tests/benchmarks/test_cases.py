@@ -127,6 +127,16 @@ class TestHeads:
         assert case.rows(linear.HALF)[0] == 1024 and case.rows(linear.HALF_BARE)[0] == 512
         assert case.rows(linear.HALF)[1] == case.rows(linear.HALF_BARE)[1] < 512
 
+    def test_the_bare_products_take_as_many_rows_as_they_say(self, case):
+        for contestant in case.contestants:
+            if contestant.name not in (linear.ALL, linear.COUNTING):
+                continue
+            _, (of_hidden, *_) = contestant.build()(*case.prepare(contestant.task))
+            rows = case.rows(contestant.task)[1]
+            every = case.token_ids.numel()
+            least, most = (every, every) if contestant.name == linear.ALL else (rows - 15, rows)
+            assert least <= len(of_hidden) <= most
+
     def test_the_rows_that_count_are_those_with_a_gradient(self, case):
         for task in self.TASKS:
             found = (case.old + case.ratio.log()).requires_grad_()
