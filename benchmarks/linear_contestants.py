@@ -70,7 +70,7 @@ def compiled(function):
 def floor_rows(count: int) -> int:
     """Rows that a bare product takes for `count` of them: a multiple of 16, and never more.
 
-    An odd number costs oneDNN a fifth more time, which whoever pads it avoids.
+    Some odd numbers cost oneDNN a sixth more time, which whoever pads them avoids.
     """
     return count // 16 * 16
 
