@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from benchmarks import linear_memory
-from benchmarks.case import SHORT, Case, Contestant, Floor, Plan
+from benchmarks.case import Case, Contestant, Floor, Plan
 from benchmarks.linear_contestants import (
     LOGPROBS,
     LOSSES,
@@ -55,8 +55,9 @@ SIDE_SHAPES = (
 )
 SEQUENCES = 4
 #: A call takes a third of a second, a slow peer's ten times that. Two processes, in which the
-#: slow ones get two rounds: all of this file then ends in seven minutes on two cores.
+#: slow ones get two rounds, and fewer of all beside the main shape, keep this file to minutes.
 PLAN = Plan(processes=2, rounds=5, seconds=1.0, least=2)
+BESIDE = Plan(processes=2, rounds=3, seconds=0.5, least=2)
 # Log-probabilities and gradients in the 2-norm, the loss over the mean of |A|.
 # bf16: who returns log-probabilities in bf16 has rounded the log-sum-exp and the result, near 11
 # both, by up to 1/32 each: 1.8e-2 in the mean square, and sqrt(2) of that together. It is the error
@@ -240,7 +241,7 @@ def test_from_hidden(contest, quick, contestant):
 def test_from_hidden_beside(contest, quick, shape, contestant):
     if quick:
         shape = QUICK_SHAPE | {"dtype": shape["dtype"]}
-    contest(FromHidden, shape, contestant, SHORT)
+    contest(FromHidden, shape, contestant, BESIDE)
 
 
 @pytest.mark.parametrize("contestant", [c.key for c in LinearTokenLogprobs.contestants])
