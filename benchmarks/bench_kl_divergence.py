@@ -1,7 +1,7 @@
-"""kl_divergence against eager PyTorch, torch.compile and Liger-Kernel: KL and Jensen-Shannon.
+"""kl_divergence against eager PyTorch and torch.compile: KL and Jensen-Shannon.
 
 Both with the gradient of the policy's logits, as a distillation or a KL penalty takes it, and the
-KL alone, as a metric. Liger-Kernel takes log-probabilities, so its log-softmax is timed with it.
+KL alone, as a metric. Liger-Kernel's Jensen-Shannon is a Triton kernel: a CPU's table says so.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from benchmarks.case import Case, Contestant
 METRIC, KL, JS = "KL", "KL + gradient", "JS + gradient"
 SHAPE = {"rows": 256, "vocab": 151936}
 QUICK_SHAPE = {"rows": 16, "vocab": 4096}
-# Relative, of the values and of the gradient in the 2-norm. bf16: eager's log-softmax is rounded to
-# bf16 before the difference, which is about 1.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
+# Relative, of the values and of the gradient in the 2-norm. fp32: a sum of n terms is off by up to
+# sqrt(n) * 2^-24, 2.3e-5 over the vocabulary. bf16: eager rounds each log-probability near -12 by
+# up to 1/32, and a difference of two, which is about 1, or half of that to their mixture, by 1/16.
+# What is wrong by less than that shows in fp32, where the same code runs.
+TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 1e-1}
 
 
 def eager_kl(logits, ref_logits):
@@ -29,7 +31,7 @@ def eager_kl(logits, ref_logits):
 
 def eager_js(logits, ref_logits):
     policy, reference = logits.log_softmax(-1), ref_logits.log_softmax(-1)
-    mixture = torch.logsumexp(torch.stack([policy, reference]), 0) - 0.6931471805599453
+    mixture = torch.logaddexp(policy, reference) - 0.6931471805599453
     both = F.kl_div(mixture, policy, reduction="none", log_target=True) + F.kl_div(
         mixture, reference, reduction="none", log_target=True
     )
@@ -47,16 +49,8 @@ def build_rlkern(divergence: str):
 
 
 def build_liger():
-    from liger_kernel.transformers import LigerJSD
-
-    jsd = LigerJSD(beta=0.5)
-
-    def run(logits, ref_logits):
-        # It returns the mean over tokens, no value of each: the mean stands for all.
-        mean = jsd(logits.log_softmax(-1), ref_logits.log_softmax(-1))
-        return mean.expand(logits.shape[0])
-
-    return run
+    # Its Triton kernel has no CPU form, and it returns the batch's mean, no value of each row.
+    raise NotImplementedError("Liger-Kernel's LigerJSD runs on a GPU only")
 
 
 def with_gradient(build):
@@ -96,7 +90,7 @@ class KlDivergence(Case):
         *contestants(METRIC, "kl", eager_kl, without_gradient),
         *contestants(KL, "kl", eager_kl, with_gradient),
         *contestants(JS, "js", eager_js, with_gradient),
-        Contestant(JS, "Liger", with_gradient(build_liger)),
+        Contestant(JS, "Liger", build_liger),
     )
     # Two tensors are read; the gradient is written besides.
     bounds = {METRIC: ("read", "read"), KL: ("copy", "read"), JS: ("copy", "read")}
@@ -117,12 +111,7 @@ class KlDivergence(Case):
     def errors(self, task: str, outputs: Any) -> dict[str, float]:
         """Relative errors against float64, the worst row's."""
         value, gradient = outputs if task != METRIC else (outputs, None)
-        worst = {"value": 0.0} | ({} if gradient is None else {"gradient": 0.0})
-
-        def worse(name, error):
-            if not error <= worst[name]:  # a NaN, too
-                worst[name] = float(error)
-
+        found: dict[str, list[torch.Tensor]] = {"value": [], "gradient": []}
         for i in range(self.pristine.shape[0]):
             p, q = (x[i].double().log_softmax(-1) for x in (self.pristine, self.reference))
             if task == JS:
@@ -132,10 +121,11 @@ class KlDivergence(Case):
             else:
                 expected = (p.exp() * (p - q)).sum()
                 slope = p.exp() * (p - q - expected)
-            worse("value", abs(value[i].double() - expected) / expected)
+            found["value"].append((value[i].double() - expected).abs() / expected)
             if gradient is not None:
-                worse("gradient", (gradient[i].double() - slope).norm() / slope.norm())
-        return worst
+                found["gradient"].append((gradient[i].double() - slope).norm() / slope.norm())
+        # torch's maximum keeps a NaN of any row.
+        return {name: torch.stack(errors).max().item() for name, errors in found.items() if errors}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

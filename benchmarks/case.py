@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -101,8 +101,9 @@ class Case:
 
     #: The tensor whose traffic dominates: ceilings move its bytes, memory is a share of it.
     bulk: torch.Tensor
-    #: A result is wrong, and gets no speed, when any of its errors exceeds this.
-    tolerance: float
+    #: A result is wrong, and gets no speed, when any of its errors exceeds this; by the names that
+    #: `errors` gives, where one bound for all would let a wrong result pass.
+    tolerance: float | Mapping[str, float]
 
     @staticmethod
     def floors(**params: Any) -> tuple[Floor | MemoryLimit, ...]:
@@ -126,3 +127,11 @@ class Case:
     def errors(self, task: str, outputs: Any) -> dict[str, float]:
         """Named errors of a contestant's outputs against float64."""
         raise NotImplementedError
+
+    def allowed(self, name: str) -> float:
+        """The tolerance of the error of this name."""
+        return self.tolerance[name] if isinstance(self.tolerance, Mapping) else self.tolerance
+
+    def right(self, errors: Mapping[str, float]) -> bool:
+        """Whether every error is within its tolerance; a NaN is not."""
+        return all(value <= self.allowed(name) for name, value in errors.items())

@@ -2,7 +2,8 @@
 
 A process has run the operator on a few tokens before, and reports by how much the highest resident
 size of one call is above the size before it: results, scratch memory of the matrix libraries and
-what malloc keeps are all in it.
+what malloc keeps are all in it. Peers beside it go as far as they fit, and slow ones as far as the
+time of a benchmark allows.
 
 Run by itself as `python -m benchmarks.linear_memory REQUEST REPLY`, two JSON files.
 """
@@ -10,7 +11,6 @@ Run by itself as `python -m benchmarks.linear_memory REQUEST REPLY`, two JSON fi
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +20,14 @@ import torch
 
 from benchmarks.measure import run_child
 from benchmarks.memory import peak_extra_bytes
+from benchmarks.sweep_worker import available_bytes
 from benchmarks.tables import facts, table
+from benchmarks.worker import reason
 
 SHAPE = {"width": 1024, "vocab": 32768}
 QUICK_SHAPE = {"width": 32, "vocab": 512}
-TOKENS = (4096, 16384, 32768)
+TOKENS = (1024, 4096, 16384, 32768)
+QUICK_TOKENS = (256, 512)
 FEW = 128  # a call of these has touched the code and started the threads
 #: Beyond the gradients and one fp32 sum in the weight's shape, whatever the number of tokens: an
 #: eighth of 16384 x 32768 logits in bf16.
@@ -34,21 +37,27 @@ OURS = (
     "from_hidden, frozen head",
     "linear_token_logprobs, trained head",
 )
-EAGER = "eager, trained head"
-#: Logits in bf16 and fp32, their log-softmax, and a gradient of each of the latter two.
-EAGER_BYTES = 2 + 4 * 4
+EAGER, COMPILED = "eager, trained head", "torch.compile, trained head"
+TRL, LIGER = "TRL, trained head", "Liger, trained head"
+PEERS = (EAGER, COMPILED, TRL, LIGER)
+#: Larger sizes would take these peers most of a minute each.
+SLOW = {TRL: 4096, LIGER: 4096}
 
 
 def objective(name: str) -> Callable[..., torch.Tensor]:
     """(hidden, weight, ids, old, advantages) -> a loss."""
     import rlkern
-    from benchmarks import bench_linear
+    from benchmarks import linear_contestants as contestants
 
-    if name == EAGER:
-        return bench_linear.eager
-    if name.startswith("from_hidden"):
-        return bench_linear.build_rlkern()
-    return lambda h, w, ids, *_: rlkern.linear_token_logprobs(h, w, ids).sum()
+    if name == "linear_token_logprobs, trained head":
+        return lambda h, w, ids, *_: rlkern.linear_token_logprobs(h, w, ids).sum()
+    builds: dict[str, Callable[[], Callable[..., torch.Tensor]]] = {
+        EAGER: lambda: contestants.eager,
+        COMPILED: contestants.compiled(contestants.eager),
+        TRL: contestants.with_objective(contestants.build_trl),
+        LIGER: contestants.build_liger,
+    }
+    return builds.get(name, contestants.build_rlkern)()
 
 
 def child(name: str, tokens: int, width: int, vocab: int) -> int:
@@ -64,36 +73,50 @@ def child(name: str, tokens: int, width: int, vocab: int) -> int:
         advantages = torch.ones(1)
         return lambda: torch.autograd.grad(loss(hidden, weight, ids, old, advantages), wanted)
 
-    ready(min(tokens, FEW))()
+    # What is compiled is compiled for one shape.
+    ready(tokens if name == COMPILED else min(tokens, FEW))()
     return peak_extra_bytes(ready(tokens))
 
 
 def known_bytes(name: str, tokens: int, width: int, vocab: int) -> int:
     """The gradients in bf16, and the weight's fp32 sum where there is one."""
-    of_weight = 0 if "frozen" in name else width * vocab * (2 if name == EAGER else 2 + 4)
+    of_weight = 0 if "frozen" in name else width * vocab * (2 if name in PEERS else 2 + 4)
     return tokens * width * 2 + of_weight
 
 
-def measure(quick: bool) -> list[dict[str, Any]]:
-    """One point per number of tokens: bytes in all, and beyond the known, by contestant.
+def left_out(name: str, tokens: int, before: dict[str, Any] | None) -> str | None:
+    """Why a peer is not measured at this size, from the point before it."""
+    if name not in PEERS:
+        return None
+    if tokens > SLOW.get(name, tokens):
+        return "not measured: slow"
+    if before is None:
+        return None
+    if name not in before["extra"]:
+        return before["left_out"][name]
+    grown = before["extra"][name] * tokens / before["tokens"]
+    return "does not fit" if grown > available_bytes() else None
 
-    Eager is left out where its logits do not fit.
-    """
+
+def measure(quick: bool) -> list[dict[str, Any]]:
+    """One point per number of tokens: bytes in all, beyond the known, and who is left out why."""
     shape = QUICK_SHAPE if quick else SHAPE
     points: list[dict[str, Any]] = []
-    for tokens in (256, 512) if quick else TOKENS:
-        extra, beyond = {}, {}
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        for name in (*OURS, EAGER):
-            if name == EAGER and EAGER_BYTES * tokens * shape["vocab"] > free:
-                continue
-            request = {"name": name, "tokens": tokens, **shape}
-            extra[name] = run_child("benchmarks.linear_memory", request)["bytes"]
-            beyond[name] = extra[name] - known_bytes(name, tokens, **shape)
-        logits = 2 * tokens * shape["vocab"]
-        points.append(
-            {"tokens": tokens, **shape, "logits": logits, "extra": extra, "beyond": beyond}
-        )
+    for tokens in QUICK_TOKENS if quick else TOKENS:
+        point: dict[str, Any] = {"tokens": tokens, **shape, "logits": 2 * tokens * shape["vocab"]}
+        point |= {"extra": {}, "beyond": {}, "left_out": {}}
+        for name in (*OURS, *PEERS):
+            why = left_out(name, tokens, points[-1] if points else None)
+            if why is None:
+                request = {"name": name, "tokens": tokens, **shape}
+                reply = run_child("benchmarks.linear_memory", request)
+                if "bytes" in reply:
+                    point["extra"][name] = reply["bytes"]
+                    point["beyond"][name] = reply["bytes"] - known_bytes(name, tokens, **shape)
+                why = reply.get("reason")
+            if why is not None:
+                point["left_out"][name] = why
+        points.append(point)
     return points
 
 
@@ -101,15 +124,15 @@ def render(points: list[dict[str, Any]]) -> str:
     shape = "D = {width}, V = {vocab}, bf16".format(**points[0])
     text = f"""## Extra memory of a loss and its gradients, {shape}
 
-In MiB; in brackets what is beyond the gradients and, with a trained head, one fp32 sum in the
-weight's shape. Promised of ours: at most {MOST >> 20} beyond, whatever the number of tokens."""
+In MiB; in brackets what is beyond the gradients and, of ours with a trained head, one fp32 sum in
+the weight's shape. Promised of ours: at most {MOST >> 20} beyond, whatever the number of tokens."""
 
     def cell(point: dict[str, Any], name: str) -> str:
         if name not in point["extra"]:
-            return "does not fit"
+            return point["left_out"][name]
         return f"{point['extra'][name] / 2**20:.0f} ({point['beyond'][name] / 2**20:.0f})"
 
-    names = (*OURS, EAGER)
+    names = (*OURS, *PEERS)
     rows = [
         [str(p["tokens"]), f"{p['logits'] / 2**20:.0f}", *(cell(p, name) for name in names)]
         for p in points
@@ -135,7 +158,13 @@ def show(config: Any, points: list[dict[str, Any]]) -> None:
 
 def main(request_file: str, reply_file: str) -> None:
     request = json.loads(Path(request_file).read_text())
-    Path(reply_file).write_text(json.dumps({"bytes": child(**request)}))
+    try:
+        reply: dict[str, Any] = {"bytes": child(**request)}
+    except ImportError as error:  # a peer that is not installed, or torch without what it needs
+        if request["name"] not in PEERS:
+            raise
+        reply = {"reason": reason(error)}
+    Path(reply_file).write_text(json.dumps(reply))
 
 
 if __name__ == "__main__":

@@ -67,10 +67,9 @@ def admit(
         errors = case.errors(contestant.task, outputs)
         del arguments, outputs
         entry["errors"] = errors
-        # Written so that a NaN is wrong too.
-        if not all(value <= case.tolerance for value in errors.values()):
-            worst = ", ".join(f"{name} {value:.1e}" for name, value in errors.items())
-            entry |= {"status": "wrong", "reason": f"error {worst}; allowed {case.tolerance:.0e}"}
+        if not case.right(errors):
+            found = [f"{x} {e:.1e} (allowed {case.allowed(x):.0e})" for x, e in errors.items()]
+            entry |= {"status": "wrong", "reason": "error " + ", ".join(found)}
             continue
 
         def make_ready(function=function, task=contestant.task):
