@@ -149,8 +149,8 @@ class FromHidden(Head):
             return ()
         ours, frozen = f"{TRAINED}/rlkern", f"{FROZEN}/rlkern"
         return (
-            Floor(ours, (f"{TRAINED}/{COUNTING}",), 1 / 1.25),
-            Floor(frozen, (f"{FROZEN}/{COUNTING}",), 1 / 1.25),
+            Floor(ours, (f"{TRAINED}/{ALL}",), 1 / 1.25),
+            Floor(frozen, (f"{FROZEN}/{ALL}",), 1 / 1.25),
             Floor(ours, (f"{TRAINED}/eager",), 1),
             Floor(ours, (f"{TRAINED}/Liger",), 4),
             Floor(f"{HALF}/rlkern", (ours,), 1 / 0.72),
