@@ -17,7 +17,16 @@ from torch import Tensor
 from rlkern import _backend
 from rlkern.ops import _register, policy_rows
 from rlkern.ops._exact_kl import ChunkedKl, ReferenceHead, divergence_arguments, with_kl
-from rlkern.ops._head import Chunk, Cut, HeadGradients, Logits, chunks, fake_gradients
+from rlkern.ops._head import (
+    Chunk,
+    Cut,
+    HeadGradients,
+    Logits,
+    chunks,
+    fake_gradients,
+    padded,
+    product_rows,
+)
 from rlkern.ops.linear_kl_divergence import head_divergence
 from rlkern.ops.linear_token_logprobs import head_logprobs
 from rlkern.ops.policy_logits import WholeArguments, loss_and_metrics, whole_arguments
@@ -223,13 +232,13 @@ def _by_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) 
         )
         done.keep(chunk, logprobs, entropy)
         if compact and not invariant and of_kl is None:
-            chunk, h, z = _moved_together(chunk, h, z, logprobs, upstream)
+            chunk, h, z = _moved_together(head.cut, chunk, h, z, logprobs, upstream)
         done.multiply(chunk, h, z, of_kl)
     return *done.loss(shape, rows.mask, tokens[:6], whole), *done.gradients(hidden.shape)
 
 
 def _moved_together(
-    chunk: Chunk, h: Tensor, grads: Tensor, logprobs: Tensor, *upstream: Tensor | None
+    cut: Cut, chunk: Chunk, h: Tensor, grads: Tensor, logprobs: Tensor, *upstream: Tensor | None
 ) -> tuple[Chunk, Tensor, Tensor]:
     """Leaves rows whose gradient is 0 (clipped ones) out of the products to come: those behind move
     into their places, without memory for a second copy. Upstream: of log-probability and entropy,
@@ -250,7 +259,8 @@ def _moved_together(
     order[holes] = behind
     rows = chunk.rows
     places = order + rows.start if isinstance(rows, slice) else rows[order]
-    return Chunk(places, count), h[order], grads[:count]
+    wanted = product_rows(count, h, cut)
+    return Chunk(places, count), padded(h[order], wanted), grads[:wanted]
 
 
 # ---- losses that couple the tokens of a sequence -------------------------------------------------
@@ -317,7 +327,8 @@ def _by_sequences(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: An
             if compact and not invariant and of_kl is None:
                 logprobs = chunk.of(done.logprobs)
                 assert logprobs is not None
-                chunk, h, z = _moved_together(chunk, h, z, logprobs, chunk.of(g), chunk.of(e))
+                upstream = chunk.of(g), chunk.of(e)
+                chunk, h, z = _moved_together(head.cut, chunk, h, z, logprobs, *upstream)
             done.multiply(chunk, h, z, of_kl)
     return *done.loss(shape, rows.mask, given[:6], whole), *done.gradients(hidden.shape)
 

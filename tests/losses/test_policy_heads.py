@@ -351,6 +351,30 @@ def test_tokens_that_cannot_matter_are_left_out(backend, products, metrics):
     assert sum(products) == 3 * int(counting.sum())
 
 
+@pytest.mark.parametrize("compact", [False, True])
+def test_many_rows_of_16_bits_are_multiplied_in_fours(backend, products, compact):
+    """Zeros behind the others change no result, and what lies in masked rows enters none."""
+    if not backend.is_kernel:
+        pytest.skip("eager PyTorch multiplies every row")
+    loss = PolicyLoss.preset("dapo")
+    batch = HeadBatch(loss, sequences=15, length=50, dtype=torch.bfloat16)
+    mask = batch.given["mask"]
+    if mask.sum() % 4 == 0:
+        mask[0, mask[0].nonzero()[0]] = False
+    batch.hidden[~mask] = torch.nan
+    value, _, *grads = from_hidden(loss, batch, compact=compact, memory_budget=1 << 24)
+    assert min(products) > 256 and not any(rows % 4 for rows in products)
+    assert products[0] - int(mask.sum()) in (1, 2, 3)
+    products.clear()
+    # In chunks of 64 rows, which are multiplied as they are.
+    apart, _, *parts = from_hidden(loss, batch, compact=compact, memory_budget=1)
+    assert max(products) == 64 and any(rows % 4 for rows in products)
+    near(value, apart.double(), rtol=1e-6)
+    for mine, other in zip(grads, parts, strict=True):
+        # Both are rounded to bf16, the weight's also chunk by chunk: twice 2^-9 and a little.
+        near(mine, other.double(), rtol=1e-2)
+
+
 def test_clipped_sequences_are_left_out(backend, products):
     if not backend.is_kernel:
         pytest.skip("eager PyTorch multiplies every row")
