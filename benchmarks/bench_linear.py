@@ -122,7 +122,7 @@ class FromHidden(Head):
     operator = "from_hidden"
     contestants = (
         *(Contestant(TRAINED, name, with_gradients(build)) for name, build in LOSSES.items()),
-        Contestant(TRAINED, ALL, lambda: build_products(every=True)),
+        *(Contestant(task, ALL, lambda: build_products(every=True)) for task in (TRAINED, FROZEN)),
         Contestant(TRAINED, COUNTING, build_products),
         *(Contestant(FROZEN, name, with_gradients(build)) for name, build in LOSSES.items()),
         Contestant(FROZEN, COUNTING, build_products),

@@ -4,6 +4,7 @@
 #include "group_advantages.h"
 
 #include <algorithm>
+#include <atomic>
 #include <limits>
 #include <memory>
 
@@ -158,20 +159,29 @@ bool is_plain(const GroupOptions& o) {
          o.baseline != GroupBaseline::kLengthWeighted && o.baseline != GroupBaseline::kGiven;
 }
 
+// Whether the groups may be consecutive, by the first few ids.
+bool may_rise(const int64_t* ids, int64_t rows) {
+  for (int64_t i = 1; ids != nullptr && i < rows && i < 256; ++i) {
+    if (ids[i] < ids[i - 1]) return false;
+  }
+  return true;
+}
+
+// Where groups are consecutive and ids rise; false where they do not after all.
+bool consecutive_groups(const GroupArguments& g, const GroupSummary& batch, float* out) {
+  const GroupedRewards groups = {g.rewards, id_words(g.ids), g.rows, g.group_size, out};
+  std::atomic<bool> rises{true};
+  torch::stable::parallel_for(0, g.rows, kTokenGrain, [&](int64_t begin, int64_t end) {
+    if (!group_kernels().advantages(g.options, batch, groups, begin, end)) rises = false;
+  });
+  return rises;
+}
+
 void one_reward(const GroupArguments& g, float* out) {
   const GroupSummary batch = batch_of(g, 0);
   const bool plain = is_plain(g.options);
-  IdSpan span = {0, 0, true};
-  if (g.ids != nullptr) span = id_span(g.ids, g.rows);
-  if (plain && span.rises) {
-    const GroupedRewards groups = {g.rewards, id_words(g.ids), g.rows, g.group_size, out};
-    torch::stable::parallel_for(0, g.rows, kTokenGrain, [&](int64_t begin, int64_t end) {
-      group_kernels().advantages(g.options, batch, groups, begin, end);
-    });
-    return;
-  }
-  const GroupNumbers numbers =
-      g.ids != nullptr ? GroupNumbers(g.ids, g.rows, span) : GroupNumbers(g.group_size, g.rows);
+  if (plain && may_rise(g.ids, g.rows) && consecutive_groups(g, batch, out)) return;
+  const GroupNumbers numbers = numbers_of(g);
   if (plain) {
     const ScatteredGroups groups = scattered_groups(g, numbers, 0, batch);
     const ScatteredRewards rewards = numbers.of(g.rewards, 1, 0);

@@ -64,7 +64,6 @@ IdSpan id_span(const int64_t* ids, int64_t rows) {
   });
   IdSpan all = spans[0];
   for (int64_t c = 1; c < chunks; ++c) {
-    all.rises &= spans[c].rises && ids[c * kTokenGrain - 1] <= ids[c * kTokenGrain];
     all.least = spans[c].least < all.least ? spans[c].least : all.least;
     all.most = spans[c].most > all.most ? spans[c].most : all.most;
   }

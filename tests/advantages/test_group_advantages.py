@@ -204,3 +204,23 @@ def test_any_rewards_in_any_groups(group_backend, pairs, baseline, scale, spacin
         rtol=RTOL[actual.dtype] + 1e-12,
         atol=1e-10,
     )
+
+
+@pytest.mark.parametrize("where", [1, 255, 256, 257, 300, 16383, 16384, 16385, 39999])
+@pytest.mark.parametrize("spacing", [1, 1 << 40], ids=["narrow", "far apart"])
+def test_ids_that_rise_until_they_do_not(group_backend, where, spacing):
+    """Groups are taken for consecutive until an id is less than the one before it, wherever that
+    is: at the end of what is looked at first, or of what one thread works on."""
+    ids = torch.arange(40000) // 7 + 5
+    ids[where:] = torch.arange(40000 - where) // 5
+    ids *= spacing
+    rewards = torch.randn(40000).to(group_backend.dtype)
+    rewards[::11] = NAN
+    found = rlkern.group_advantages(rewards, group_ids=ids)
+    order = ids.argsort(stable=True)
+    wanted = torch.empty_like(found)
+    # The same rewards with their groups one after another.
+    wanted[order] = rlkern.group_advantages(rewards[order], group_ids=ids[order])
+    # Sums in another order, and one rounding to the result's dtype: two units in the last place.
+    eps = torch.finfo(found.dtype).eps
+    torch.testing.assert_close(found, wanted, rtol=2 * eps, atol=4 * eps)

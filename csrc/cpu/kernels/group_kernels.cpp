@@ -17,22 +17,19 @@ RLKERN_INLINE vlong load_ids(const long long* p) {
 }
 
 IdSpan span(const long long* ids, long long count) {
-  IdSpan s = {ids[0], ids[0], true};
-  vlong least = vlong{} + ids[0], most = least, falls = {};
-  long long i = 1;
+  IdSpan s = {ids[0], ids[0]};
+  vlong least = vlong{} + ids[0], most = least;
+  long long i = 0;
   for (; i + kDoubles <= count; i += kDoubles) {
     const vlong v = load_ids(ids + i);
-    falls |= v < load_ids(ids + i - 1);
     least = v < least ? v : least;
     most = v > most ? v : most;
   }
   for (int lane = 0; lane < kDoubles; ++lane) {
-    s.rises &= falls[lane] == 0;
     s.least = least[lane] < s.least ? least[lane] : s.least;
     s.most = most[lane] > s.most ? most[lane] : s.most;
   }
   for (; i < count; ++i) {
-    s.rises &= ids[i] >= ids[i - 1];
     s.least = ids[i] < s.least ? ids[i] : s.least;
     s.most = ids[i] > s.most ? ids[i] : s.most;
   }
@@ -147,8 +144,9 @@ struct Groups {
     return at;
   }
   // The ends of at most `most` of the groups from `at` to `stop`, both ends of groups. Without a
-  // branch that depends on where they are, which would be guessed wrong once a group.
-  int ends(long long at, long long stop, long long* found, int most) const {
+  // branch that depends on where they are, which would be guessed wrong once a group. `rises`
+  // becomes false where an id is less than the one before it.
+  int ends(long long at, long long stop, long long* found, int most, bool* rises) const {
     int count = 0;
     long long i = at + 1;
     if (of.ids == nullptr) {
@@ -157,28 +155,35 @@ struct Groups {
       }
       return count;
     }
+    vlong falls = {};
     for (; i + kDoubles <= stop && count + kDoubles <= most; i += kDoubles) {
-      const vlong begin = load_ids(of.ids + i) != load_ids(of.ids + i - 1);
-      count += store_selected(found + count, lane_numbers() + i, begin);
+      const vlong id = load_ids(of.ids + i), before = load_ids(of.ids + i - 1);
+      falls |= id < before;
+      count += store_selected(found + count, lane_numbers() + i, id != before);
     }
+    for (int lane = 0; lane < kDoubles; ++lane) *rises &= falls[lane] == 0;
     for (; i < stop && count < most; ++i) {
       found[count] = i;
       count += of.ids[i] != of.ids[i - 1];
+      *rises &= of.ids[i] >= of.ids[i - 1];
     }
     if (i == stop && count < most) found[count++] = stop;
     return count;
   }
 };
 
-void advantages(const GroupOptions& o, const GroupSummary& batch, const GroupedRewards& g,
+bool advantages(const GroupOptions& o, const GroupSummary& batch, const GroupedRewards& g,
                 long long begin, long long end) {
   const Groups groups = {g};
   const long long stop = groups.first(end);
+  // The rows behind are other calls'.
+  bool rises = g.ids == nullptr || stop == g.rows || stop == 0 || g.ids[stop] > g.ids[stop - 1];
   long long ends[kMost];
   Sums sums = {};
   Forms forms;
   for (long long at = groups.first(begin); at < stop;) {
-    const int count = groups.ends(at, stop, ends, kMost);
+    const int count = groups.ends(at, stop, ends, kMost, &rises);
+    if (!rises) return false;
     for (int i = 0; i < count; ++i) {
       const long long first = i > 0 ? ends[i - 1] : at;
       add_group(g.rewards + first, ends[i] - first, g.rows - first, &sums, i);
@@ -190,6 +195,7 @@ void advantages(const GroupOptions& o, const GroupSummary& batch, const GroupedR
       at = ends[i];
     }
   }
+  return rises;
 }
 
 // A vector of numbers of a record: whether a group is still empty is no branch then, which would be

@@ -14,7 +14,6 @@ RLKERN_INLINE const long long* id_words(const void* ids) {
 struct IdSpan {
   long long least;
   long long most;
-  bool rises;  // no id is less than the one before it
 };
 
 // Rewards of which each group's are consecutive.
@@ -59,8 +58,9 @@ struct GroupParts {
 struct GroupKernels {
   // Of at least one id.
   IdSpan (*span)(const long long* ids, long long count);
-  // The advantages of all groups that begin in [begin, end).
-  void (*advantages)(const GroupOptions&, const GroupSummary& batch, const GroupedRewards&,
+  // The advantages of all groups that begin in [begin, end); false, and not all of them, where an
+  // id is less than the one before it.
+  bool (*advantages)(const GroupOptions&, const GroupSummary& batch, const GroupedRewards&,
                      long long begin, long long end);
   // Adds the rewards of rows [begin, end) that are not NaN to the sums of their groups.
   void (*add)(const ScatteredRewards&, long long begin, long long end, Rises* groups);
