@@ -14,6 +14,7 @@ import torch
 from benchmarks import bench_token_logprobs as rows
 from benchmarks.bench_token_logprobs import Produce
 from benchmarks.case import Case, Contestant, Floor
+from benchmarks.objective import draw_ratios, objective
 
 TASK = "loss + gradient"
 SHAPE = {"rows": 4, "tokens": 128, "vocab": 151936}
@@ -22,18 +23,13 @@ QUICK_SHAPE = {"rows": 2, "tokens": 16, "vocab": 4096}
 # near -12 is rounded by up to 1/32, which its ratio, and so both of them, take over: 3.2e-2; the
 # ratio, its product with A and the gradient are rounded by 2^-9 each.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
-#: Log-ratios to the older policy: most tokens are well within the clip range, log 0.8 to log 1.28,
-#: a tenth well beyond it on either side, and none so near a bound that its rounding decides.
-WITHIN, BEYOND = 0.1, 0.5
 
 
 def with_loss(logprobs_of):
-    """dapo on log-probabilities, as trainers write it."""
+    """The objective on log-probabilities."""
 
     def function(logits, token_ids, old_logprobs, advantages):
-        ratio = (logprobs_of(logits, token_ids) - old_logprobs).exp()
-        a = advantages[:, None]
-        return -torch.min(ratio * a, ratio.clamp(0.8, 1.28) * a).mean()
+        return objective(logprobs_of(logits, token_ids), old_logprobs, advantages)
 
     return function
 
@@ -81,13 +77,6 @@ def with_gradient(build):
     return build_task
 
 
-def log_ratios(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """See WITHIN."""
-    kind = torch.rand(shape, generator=generator)
-    beyond = (kind > 0.9).float() - (kind < 0.1).float()
-    return BEYOND * beyond + WITHIN * (2 * torch.rand(shape, generator=generator) - 1)
-
-
 class FromLogits(Case):
     """Logits [rows, tokens, vocab] as a trainer holds them."""
 
@@ -115,7 +104,7 @@ class FromLogits(Case):
         self.bulk = self.pristine.clone()
         picked = self.pristine.gather(-1, self.token_ids[..., None]).squeeze(-1).float()
         near = picked - self.pristine.float().logsumexp(-1)
-        self.old = near - log_ratios(shape, generator)
+        self.old = near - draw_ratios(shape, generator).log()
         self.advantages = torch.randn(rows, generator=generator)
         self.weight = torch.zeros((), requires_grad=True)
 

@@ -22,6 +22,7 @@ import torch
 from benchmarks import bench_token_logprobs as logits_level
 from benchmarks import linear_contestants as heads
 from benchmarks.case import Case, Contestant, Plan
+from benchmarks.objective import draw_ratios, learns, surrogate
 
 TASK = "step"
 SHAPE = {"sequences": 2, "tokens": 256, "vocab": 151936, "width": 512, "layers": 4}
@@ -35,13 +36,6 @@ PLAN = Plan(processes=2, rounds=3, seconds=4, least=2)
 # a row's gradient, 3.0e-2 with the other, and a sixth more is allowed as rows are few. In the loss
 # these errors meet with either sign: three sigma of the quick shape's 36 rows are 1.3e-2.
 TOLERANCE = {"loss": 1.3e-2, "lm_head": 3.5e-2, "rest": 3.5e-2, "no loss": 0.0}
-
-
-def surrogate(logprobs, old_logprobs, advantages):
-    """Of each token; what is in bf16 meets the old log-probabilities' fp32 here."""
-    ratio = (logprobs - old_logprobs).exp()
-    clipped = ratio.clamp(1 - heads.CLIP_LOW, 1 + heads.CLIP_HIGH)
-    return -torch.min(ratio * advantages, clipped * advantages)
 
 
 def over_all(logprobs, batch):
@@ -231,13 +225,15 @@ class Batch:
         self.advantages = torch.randn(sequences, generator=generator)
         lengths = torch.randint(tokens // 2, tokens, (sequences, 1), generator=generator)
         self.mask = torch.arange(tokens) < lengths
-        self.ratio = heads.draw_ratios((sequences, tokens), generator)
+        self.ratio = draw_ratios((sequences, tokens), generator)
         #: Set from the model's own log-probabilities.
         self.old = torch.empty(0)
-        learns = self.mask & heads.learns(self.ratio, self.advantages[:, None])
+        learning = self.mask & learns(self.ratio, self.advantages[:, None])
         #: Flat places of the rows that count, those with a gradient first, and how many these are.
-        self.order = torch.cat([x.flatten().nonzero()[:, 0] for x in (learns, self.mask & ~learns)])
-        self.learning = int(learns.sum())
+        self.order = torch.cat(
+            [x.flatten().nonzero()[:, 0] for x in (learning, self.mask & ~learning)]
+        )
+        self.learning = int(learning.sum())
 
 
 class TrainingStep(Case):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from statistics import median
 
@@ -122,17 +121,6 @@ def is_busy(shares) -> bool:
     """Whether the processors were too busy, with something else, for figures to say much."""
     cores = os.cpu_count() or 1
     return any(share is not None and share * cores > BUSY_CORES for share in shares)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
-    """What keeps a file of its own, memory by tokens, gets its time; cases have theirs."""
-    wall, start = time.time(), time.perf_counter()
-    try:
-        return (yield)
-    finally:
-        if folder := results_folder(item.config):
-            store.add_seconds(folder, wall, time.perf_counter() - start)
 
 
 def guessed_seconds(items):

@@ -11,32 +11,10 @@ import functools
 
 import torch
 
+from benchmarks.objective import CLIP_HIGH, CLIP_LOW, objective
+
 #: Columns of the vocabulary that TRL's trainers work on at a time.
 TRL_TILE = 32768
-CLIP_LOW, CLIP_HIGH = 0.2, 0.28
-
-
-def draw_ratios(shape, generator):
-    """Ratios of which a fifth lie far beyond either clip bound and none within 0.09 of one.
-
-    Two roundings of a log-probability near -11 to bf16, 1/16 at most, then carry none of them
-    across a bound, with its whole gradient, and yet a loss without its clip is far off. The sign of
-    the advantage says which of those beyond a bound are clipped.
-    """
-
-    def uniform(low, high):
-        return low + (high - low) * torch.rand(shape, generator=generator)
-
-    low, high = 1 - CLIP_LOW, 1 + CLIP_HIGH
-    place = uniform(0, 1)
-    outside = torch.where(place < 0.2, uniform(0.5, low - 0.09), uniform(high + 0.09, 1.7))
-    return torch.where((place < 0.2) | (place > 0.8), outside, uniform(low + 0.09, high - 0.09))
-
-
-def learns(ratio, advantages):
-    """Whether a token's log-probability has a gradient: some advantage, and no clip in force."""
-    above, below = ratio > 1 + CLIP_HIGH, ratio < 1 - CLIP_LOW
-    return (advantages != 0) & ~((advantages > 0) & above) & ~((advantages < 0) & below)
 
 
 def chosen(logits, token_ids):
@@ -45,11 +23,6 @@ def chosen(logits, token_ids):
 
 def token_logprobs(hidden, weight, token_ids):
     return chosen((hidden @ weight.t()).float(), token_ids)
-
-
-def objective(logprobs, old_logprobs, advantages):
-    ratio, a = (logprobs - old_logprobs).exp(), advantages[:, None]
-    return -torch.min(ratio * a, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * a).mean()
 
 
 def eager(hidden, weight, token_ids, old_logprobs, advantages):
@@ -75,8 +48,8 @@ def floor_rows(count: int) -> int:
     return count // 16 * 16
 
 
-def build_products(every: bool = False):
-    """The matrix products alone, of as many rows as the last argument says or of every one.
+def build_products():
+    """The matrix products alone, of as many rows as the last argument says.
 
     Which rows does not change the time, so none are gathered: whoever leaves some out need not have
     written them.
@@ -84,7 +57,7 @@ def build_products(every: bool = False):
 
     def run(hidden, weight, *given):
         flat = hidden.detach().flatten(0, 1)
-        of_logits, of_gradients = (len(flat),) * 2 if every else map(floor_rows, given[-1])
+        of_logits, of_gradients = map(floor_rows, given[-1])
         logits = flat[:of_logits] @ weight.detach().t()
         found = []
         if hidden.requires_grad:
@@ -96,13 +69,13 @@ def build_products(every: bool = False):
     return run
 
 
-def build_rlkern(metrics: bool = True):
+def build_rlkern(metrics: bool = True, backend: str = "native"):
     import rlkern
 
     loss = rlkern.PolicyLoss.preset("dapo")
 
     def run(hidden, weight, token_ids, old_logprobs, advantages):
-        with rlkern.use_backend("native"):
+        with rlkern.use_backend(backend):
             return loss.from_hidden(
                 hidden, weight, token_ids, advantages, old_logprobs=old_logprobs, metrics=metrics
             ).loss
@@ -128,23 +101,24 @@ def build_liger_loss():
     return loss
 
 
-def build_liger():
+def build_liger(chunk: int | None = None):
+    """`chunk`: sequences at a time; None: all."""
     loss = build_liger_loss()
 
     def run(hidden, weight, token_ids, old_logprobs, advantages):
         mask = torch.ones_like(token_ids)
-        return loss(len(hidden))(
+        return loss(chunk or len(hidden))(
             hidden, weight, token_ids, mask, advantages, old_per_token_logps=old_logprobs
         )[0]
 
     return run
 
 
-def build_rlkern_logprobs():
+def build_rlkern_logprobs(backend: str = "native"):
     import rlkern
 
     def run(*args):
-        with rlkern.use_backend("native"):
+        with rlkern.use_backend(backend):
             return rlkern.linear_token_logprobs(*args)
 
     return run
@@ -199,7 +173,6 @@ def with_objective(build):
         function = build()
 
         def run(hidden, weight, token_ids, old_logprobs, advantages):
-            # A bf16 result meets fp32 ones here.
             return objective(function(hidden, weight, token_ids), old_logprobs, advantages)
 
         return run

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import store
 from benchmarks.measure import run_child
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.sweep_worker import available_bytes
@@ -140,20 +141,25 @@ the weight's shape. Promised of ours: at most {MOST >> 20} beyond, whatever the 
     return "\n".join([text, *table(["tokens", "logits in bf16", *names], rows)]) + "\n"
 
 
-def show(config: Any, points: list[dict[str, Any]]) -> None:
-    """Prints the table and, where results are kept, writes it into memory/."""
-    from benchmarks import store
+def write_page(folder: Path) -> None:
+    """The page beside a folder's linear.json; nothing where it was not measured."""
+    if (folder / "linear.json").exists():
+        kept = json.loads((folder / "linear.json").read_text())
+        text = "\n".join([*facts(kept["machine"]), "", render(kept["points"])])
+        store.write(folder / "linear.md", text)
+
+
+def show(config: Any, points: list[dict[str, Any]], seconds: float) -> None:
+    """Prints the table and, where results are kept, writes it into memory/, with what it took."""
     from benchmarks.conftest import facts_of, results_folder
 
-    text = render(points)
     capture = config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
-        config.pluginmanager.getplugin("terminalreporter").write(f"\n{text}")
+        config.pluginmanager.getplugin("terminalreporter").write(f"\n{render(points)}")
     if folder := results_folder(config):
-        machine = facts_of(config)
-        content = json.dumps({"machine": machine, "points": points}, indent=1)
-        store.write(folder / "memory" / "linear.json", content + "\n")
-        store.write(folder / "memory" / "linear.md", "\n".join([*facts(machine), "", text]))
+        content = {"machine": facts_of(config), "points": points, "took_seconds": seconds}
+        store.write(folder / "memory" / "linear.json", json.dumps(content, indent=1) + "\n")
+        write_page(folder / "memory")
 
 
 def main(request_file: str, reply_file: str) -> None:

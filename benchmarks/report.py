@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,6 @@ def write_tables(folder: Path, operator: str) -> None:
     if (folder / f"{operator}.png").exists():
         head += f"![Times of {operator}]({operator}.png)\n\n"
     store.write(folder / f"{operator}.md", head + tables.render(cases))
-
-
-def write_memory(folder: Path) -> None:
-    """The page of the memory by number of tokens; nothing where it was not measured."""
-    if (folder / "linear.json").exists():
-        kept = store.read_memory(folder.parent)["linear"]
-        # Older files do not say who was left out, nor why.
-        points = [
-            point | {"left_out": defaultdict(lambda: "not measured", point.get("left_out", {}))}
-            for point in kept["points"]
-        ]
-        text = [*tables.facts(kept["machine"]), "", linear_memory.render(points)]
-        store.write(folder / "linear.md", "\n".join(text))
 
 
 def _best_of_ours(entries: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -98,7 +84,7 @@ def write_folder(folder: Path) -> None:
     from benchmarks import plots
 
     sweeps.write_pages(folder / "scaling")
-    write_memory(folder / "memory")
+    linear_memory.write_page(folder / "memory")
     parity_page.write_pages(folder / "parity")
     files = sorted(folder.glob("*.json"))
     for file in files:

@@ -82,13 +82,5 @@ def seconds_by_module(folder: Path) -> dict[str, float]:
         seconds["bench_scaling"] = seconds.get("bench_scaling", 0.0) + took
     for name, memory in read_memory(folder).items():
         stem = f"bench_{name}"
-        seconds[stem] = seconds.get(stem, 0.0) + memory.get("took_seconds", 0.0)
+        seconds[stem] = seconds.get(stem, 0.0) + memory["took_seconds"]
     return seconds
-
-
-def add_seconds(folder: Path, since: float, seconds: float) -> None:
-    """Writes into the files of `folder`/memory that are newer than `since` what they took."""
-    for file in (folder / "memory").glob("*.json"):
-        if file.stat().st_mtime >= since:
-            content = json.loads(file.read_text()) | {"took_seconds": seconds}
-            write(file, json.dumps(content, indent=1) + "\n")

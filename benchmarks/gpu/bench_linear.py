@@ -8,150 +8,56 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.contestants import on_backend
+from benchmarks import linear_contestants as heads
 from benchmarks.gpu.registry import Contestant, GpuCase, register
+from benchmarks.objective import draw_ratios, objective
 
 TRAINED = "dapo, gradients of hidden and weight"
 FROZEN = "dapo, gradient of hidden (frozen head)"
 LOGPROBS = "log-probabilities, gradients of hidden and weight"
 LENGTH = 512
-# Log-ratios to the older policy: most tokens are well within the clip range, log 0.8 to log 1.28, a
-# tenth well beyond it on either side, and none so near a bound that rounding decides.
-WITHIN, BEYOND = 0.1, 0.5
 # bf16 logits, up to 5 in size, are off by up to 2^-7, and so are a ratio and its gradient; rounding
 # the logits' gradient and the results adds twice 2^-9. A log-probability near -12 is off by as
 # much, and by 2^-9 of itself where it is handed out in bf16.
 LOSS, GRADIENT, LOGPROB = 1e-2, 2e-2, 8e-3
 #: Rows of hidden, and of the weight, whose gradients are looked at.
 ROWS = 64
+#: Sequences at a time: the logits of 2048 tokens, in fp32, are a gigabyte.
+LIGER_CHUNK = 4
 
 
-def logprobs_of(hidden, weight, ids):
-    logits = (hidden @ weight.t()).float()
-    return logits.gather(-1, ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
-
-
-def dapo(logprobs, advantages, old):
-    ratio, a = (logprobs - old).exp(), advantages[:, None]
-    return -torch.min(ratio * a, ratio.clamp(0.8, 1.28) * a).mean()
-
-
-def eager_loss(hidden, weight, ids, advantages, old, upstream):
-    return dapo(logprobs_of(hidden, weight, ids), advantages, old)
-
-
-def eager_logprobs(hidden, weight, ids, advantages, old, upstream):
-    return logprobs_of(hidden, weight, ids)
-
-
-def our_loss(hidden, weight, ids, advantages, old, upstream):
-    import rlkern
-
-    loss = rlkern.PolicyLoss.preset("dapo")
-    return loss.from_hidden(hidden, weight, ids, advantages, old_logprobs=old).loss
-
-
-def our_logprobs(hidden, weight, ids, advantages, old, upstream):
-    import rlkern
-
-    return rlkern.linear_token_logprobs(hidden, weight, ids)
-
-
-def liger():
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
-    # Four sequences of 512 at a time: the logits of 2048 tokens, in fp32, are a gigabyte.
-    fused = LigerFusedLinearGRPOLoss(
-        beta=0.0, use_ref_model=False, epsilon_low=0.2, epsilon_high=0.28, loss_type="dapo",
-        chunk_size=4,
-    )  # fmt: skip
-
-    def call(hidden, weight, ids, advantages, old, upstream):
-        mask = torch.ones_like(ids)
-        loss, _ = fused(hidden, weight, ids, mask, advantages, old_per_token_logps=old)
-        return loss
-
-    return call
-
-
-def cut_cross_entropy():
+def build_cut_cross_entropy():
     from cut_cross_entropy import linear_cross_entropy
 
-    def call(hidden, weight, ids, advantages, old, upstream):
+    def run(hidden, weight, token_ids):
         # Without the filter, which leaves out small gradients.
-        return -linear_cross_entropy(hidden, weight, ids, reduction="none", filter_eps=None)
+        return -linear_cross_entropy(hidden, weight, token_ids, reduction="none", filter_eps=None)
 
-    return call
-
-
-def torch_chunked():
-    function, options = torch.nn.functional.linear_cross_entropy, torch.nn.LinearCrossEntropyOptions
-
-    def call(hidden, weight, ids, advantages, old, upstream):
-        flat = hidden.flatten(0, 1)
-        found = function(flat, weight, ids.flatten(), reduction="none", options=options())
-        return -found.view(ids.shape)
-
-    return call
+    return run
 
 
-def trl():
-    from trl.kernels import ChunkedLogProbFunction
-
-    def call(hidden, weight, ids, advantages, old, upstream):
-        found = ChunkedLogProbFunction.apply(
-            hidden.flatten(0, 1), weight, None, ids.flatten(), 1.0, 32768, None, 1.0, ()
-        )
-        return found[0].view(ids.shape)
-
-    return call
-
-
-def with_gradients(call):
-    """What is timed: the results, and the gradients of those factors that want one."""
-
-    def both(hidden, weight, *rest):
-        out = call(hidden, weight, *rest)
-        wanted = [factor for factor in (hidden, weight) if factor.requires_grad]
-        upstream = rest[-1].to(out.dtype) if out.dim() else None
-        return (out.detach(), *torch.autograd.grad(out, wanted, upstream))
-
-    return both
-
-
-def products(hidden, weight, *rest):
-    """What no implementation can do without, of the whole batch at once."""
-    flat, head = hidden.detach().flatten(0, 1), weight.detach()
-    logits = flat @ head.t()
-    found = (logits @ head,)
-    return (*found, logits.t() @ flat) if weight.requires_grad else found
-
-
-def contestants():
+def of_task(task: str, wrap: Any, ours: Any, builders: dict[str, Any]) -> list[Contestant]:
+    """Ours on each backend, those who stand on the CPU too, and the bare products."""
     found = []
-    for task, ours, eager, peers in (
-        (TRAINED, our_loss, eager_loss, {"Liger, chunked": liger}),
-        (FROZEN, our_loss, eager_loss, {"Liger, chunked": liger}),
-        (
-            LOGPROBS, our_logprobs, eager_logprobs,
-            {"cut-cross-entropy": cut_cross_entropy, "linear_cross_entropy": torch_chunked,
-             "TRL": trl},
-        ),
-    ):  # fmt: skip
-        for backend in ("native", "triton"):
-            build = lambda b=backend, f=ours: with_gradients(on_backend(b, f))  # noqa: E731
-            # Of a square product's speed; what products of this shape reach stands below it.
-            target = 0.9 if backend == "native" and task == TRAINED else None
-            found.append(Contestant(task, f"rlkern {backend}", build, target=target))
-        found.append(Contestant(task, "eager", lambda f=eager: with_gradients(f)))
-        compiled = lambda f=eager: with_gradients(torch.compile(f, dynamic=False))  # noqa: E731
-        found.append(Contestant(task, "torch.compile", compiled, dry=False))
-        found += [
-            Contestant(task, name, lambda build=build: with_gradients(build()), dry=False)
-            for name, build in peers.items()
-        ]
-        found.append(Contestant(task, "products", lambda: products))
-    return tuple(found)
+    for backend in ("native", "triton"):
+        # Of a square product's speed; what products of this shape reach stands in the last line.
+        target = 0.9 if backend == "native" and task == TRAINED else None
+        build = wrap(lambda backend=backend: ours(backend=backend))
+        found.append(Contestant(task, f"rlkern {backend}", build, target=target))
+    for name, build in builders.items():
+        found.append(Contestant(task, name, wrap(build), dry=name == "eager"))
+    return [*found, Contestant(task, "products", heads.build_products)]
+
+
+def contestants() -> tuple[Contestant, ...]:
+    losses = {name: build for name, build in heads.LOSSES.items() if name != "rlkern"}
+    losses["Liger"] = lambda: heads.build_liger(LIGER_CHUNK)
+    logprobs = heads.LOGPROBS | {"cut-cross-entropy": build_cut_cross_entropy}
+    return (
+        *of_task(TRAINED, heads.with_gradients, heads.build_rlkern, losses),
+        *of_task(FROZEN, heads.with_gradients, heads.build_rlkern, losses),
+        *of_task(LOGPROBS, heads.with_upstream, heads.build_rlkern_logprobs, logprobs),
+    )
 
 
 @register
@@ -199,12 +105,9 @@ class Heads(GpuCase):
         self.advantages = normal(sequences)
         # Exact in bf16, so that every contestant is given the same one.
         self.upstream = normal(sequences, length).bfloat16().float()
-        kind = torch.rand(sequences, length, generator=g, device=device)
-        beyond = (kind > 0.9).float() - (kind < 0.1).float()
-        spread = 2 * torch.rand(sequences, length, generator=g, device=device) - 1
         self.lse, exact = self.sums()
         self.exact = exact.view(sequences, length)
-        self.old = (self.exact - (BEYOND * beyond + WITHIN * spread)).float()
+        self.old = (self.exact - draw_ratios((sequences, length), g).log()).float()
         self.picks = [
             torch.linspace(0, n - 1, min(n, ROWS), device=device).long()
             for n in (sequences * length, vocab)
@@ -236,20 +139,24 @@ class Heads(GpuCase):
     def prepare(self, task: str) -> tuple[Any, ...]:
         hidden = self.hidden.detach().requires_grad_()
         weight = self.weight.detach().requires_grad_(task != FROZEN)
-        return hidden, weight, self.ids, self.advantages, self.old, self.upstream
+        rows = (self.ids.numel(),) * 2  # of the bare products
+        if task == LOGPROBS:
+            return hidden, weight, self.ids, self.upstream, rows
+        return hidden, weight, self.ids, self.old, self.advantages, rows
 
     def errors(self, task: str, outputs: Any) -> dict[str, tuple[float, float]]:
         """Results against float64, and the gradients' rows that `picks` names, in the 2-norm."""
-        first, of_hidden, *of_weight = outputs if outputs[0].dim() < 3 else (None, *outputs)
-        if first is None:  # the bare products, of which nothing is right or wrong
+        first, (of_hidden, *of_weight) = outputs
+        if first is None:  # the bare products, of which nothing but their shape is right or wrong
             return {"shape": (float(of_hidden.shape[-1] != self.sizes[2]), 0.5)}
+        first = first.detach()
         leaf = self.exact.clone().requires_grad_()
         if task == LOGPROBS:
             upstream = self.upstream.double()
             off = (first.double() - self.exact).abs() / self.exact.abs().clamp(min=1)
             found = {"logprob": (off.max().item(), LOGPROB)}
         else:
-            loss = dapo(leaf, self.advantages.double(), self.old.double())
+            loss = objective(leaf, self.old.double(), self.advantages.double())
             (upstream,) = torch.autograd.grad(loss, leaf)
             off = (first.double() - loss.detach()).abs() / self.advantages.double().abs().mean()
             found = {"loss": (off.item(), LOSS)}

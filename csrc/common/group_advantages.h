@@ -68,6 +68,16 @@ struct GroupSumsOf {
 };
 typedef GroupSumsOf<double> GroupSums;
 
+// A reward more; NaN is none.
+RLKERN_INLINE void add_reward(GroupSums* s, double x) {
+  if (x != x) return;
+  if (s->size == 0) s->shift = x;
+  const double rise = x - s->shift;
+  s->size += 1;
+  s->rise += rise;
+  s->rise_squared += rise * rise;
+}
+
 // What a reward's advantage needs to know of its group.
 template <typename Number>
 struct GroupSummaryOf {

@@ -59,14 +59,7 @@ GroupSummary batch_summary(const GroupOptions& o, const Column<T>& x, int64_t ro
     for (int64_t c = first; c < last; ++c) {
       const int64_t end = (c + 1) * kTokenGrain < rows ? (c + 1) * kTokenGrain : rows;
       GroupSums s = {};
-      for (int64_t i = c * kTokenGrain; i < end; ++i) {
-        if (x[i] != x[i]) continue;
-        s.shift = s.size == 0 ? x[i] : s.shift;
-        const double rise = x[i] - s.shift;
-        s.size += 1;
-        s.rise += rise;
-        s.rise_squared += rise * rise;
-      }
+      for (int64_t i = c * kTokenGrain; i < end; ++i) add_reward(&s, x[i]);
       sums[c] = s;
     }
   });

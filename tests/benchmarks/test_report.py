@@ -8,7 +8,7 @@ import pytest
 from test_harness import MACHINE
 from toy_bench import Toy
 
-from benchmarks import compare, machine, readme, report, store
+from benchmarks import compare, linear_memory, machine, readme, report, store
 from benchmarks.case import FULL, QUICK, SHORT, Plan
 from benchmarks.machine import ROOT
 from benchmarks.measure import measure
@@ -90,14 +90,9 @@ class TestStore:
         assert store.seconds_by_module(tmp_path) == {"toy_bench": 7.0}
         assert store.seconds_by_module(tmp_path / "none") == {}
 
-    def test_what_memory_by_tokens_took_is_added_to_its_file_and_counted(self, tmp_path):
-        file = tmp_path / "memory" / "toy.json"
-        store.write(file, json.dumps({"points": []}))
-        store.add_seconds(tmp_path, file.stat().st_mtime + 1, 9.0)
-        assert store.seconds_by_module(tmp_path) == {"bench_toy": 0.0}, "an older file's time"
-        store.add_seconds(tmp_path, file.stat().st_mtime, 2.5)
+    def test_what_memory_by_tokens_took_is_counted(self, tmp_path):
+        store.write(tmp_path / "memory" / "toy.json", json.dumps({"took_seconds": 2.5}))
         assert store.seconds_by_module(tmp_path) == {"bench_toy": 2.5}
-        assert store.read_memory(tmp_path) == {"toy": {"points": [], "took_seconds": 2.5}}
 
 
 class TestCompare:
@@ -274,15 +269,16 @@ class TestPages:
     def test_memory_by_tokens_has_a_page_from_its_figures(self, summary, tmp_path):
         extra = {"from_hidden, trained head": 3 << 20}
         point = {"tokens": 512, "width": 8, "vocab": 64, "logits": 1 << 20, "extra": extra}
-        kept = {
-            "machine": MACHINE,
-            "points": [point | {"beyond": {name: 1 << 20 for name in extra}}],
-        }
+        others = {*linear_memory.OURS, *linear_memory.PEERS} - extra.keys()
+        point |= {"beyond": {name: 1 << 20 for name in extra}}
+        point |= {"left_out": dict.fromkeys(others, "no module")}
+        kept = {"machine": MACHINE, "points": [point], "took_seconds": 1.0}
         store.write(tmp_path / "memory" / "linear.json", json.dumps(kept))
         store.keep(tmp_path, summary, MACHINE)
         report.write_folder(tmp_path)
         page = (tmp_path / "memory" / "linear.md").read_text()
         assert "D = 8, V = 64" in page and "3 (1)" in page and MACHINE["commit"] in page
+        assert page.count("no module") == len(others)
         assert "[memory](memory/linear.md)" in (tmp_path / "index.md").read_text()
 
     def test_every_kept_file_has_its_page_and_each_machine_its_index(self):

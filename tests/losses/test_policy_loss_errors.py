@@ -186,7 +186,11 @@ def test_a_backend_that_cannot_serve_the_call():
 
 
 def test_what_is_used_is_not_refused():
-    PolicyLoss(kl_coef=0.1)(X, torch.ones(3), ref_logprobs=X)
-    PolicyLoss(**NORM)(X, torch.ones(3), normalizer=3, num_sequences=torch.tensor(2))
-    PolicyLoss(off_policy_threshold=0.1)(X, torch.ones(3), rollout_logprobs=X)
-    PolicyLoss(**BONUS)(X, X, entropy=X, entropy_mask=X > 0, entropy_normalizer=4)
+    one = torch.ones(3)
+    for out in (
+        PolicyLoss(kl_coef=0.1)(X, one, ref_logprobs=X),
+        PolicyLoss(**NORM)(X, one, normalizer=3, num_sequences=torch.tensor(2)),
+        PolicyLoss(off_policy_threshold=0.1)(X, one, rollout_logprobs=X),
+        PolicyLoss(**BONUS)(X, X, entropy=X, entropy_mask=X > 0, entropy_normalizer=4),
+    ):
+        assert out.loss.isfinite() and out.metrics["tokens"] == X.numel()

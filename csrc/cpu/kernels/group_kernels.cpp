@@ -53,18 +53,9 @@ struct Sums {
 };
 
 void add_without_nan(const float* x, long long size, Sums* sums, int at) {
-  long long first = 0;
-  while (first < size && x[first] != x[first]) ++first;
-  const double shift = first < size ? x[first] : 0.0;
-  double count = 0, sum = 0, squared = 0;
-  for (long long i = first; i < size; ++i) {
-    if (x[i] != x[i]) continue;
-    const double rise = x[i] - shift;
-    count += 1;
-    sum += rise;
-    squared += rise * rise;
-  }
-  sums->set(at, count, shift, sum, squared);
+  GroupSums s = {};
+  for (long long i = 0; i < size; ++i) add_reward(&s, x[i]);
+  sums->set(at, s.size, s.shift, s.rise, s.rise_squared);
 }
 
 // `limit`: how many rewards may be read.
