@@ -160,12 +160,23 @@ def chunks(
 
 class Logits:
     """The logits of one chunk after the other, in the same memory: fresh memory is mapped at its
-    first write, which takes as long as the row pass does."""
+    first write, which takes as long as the row pass does.
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, cut: Cut) -> None:
+    `kept`: the memory of a loop of one chunk, which holds the logits that are asked for first.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        cut: Cut,
+        kept: Tensor | None = None,
+    ) -> None:
         self.hidden, self.weight, self.bias, self.cut = hidden, weight, bias, cut
         self.dtype = torch.float32 if cut.wide else hidden.dtype
-        self.memory = self._room(0)
+        self.made = kept is not None
+        self.memory = self._room(0) if kept is None else kept
 
     def _room(self, rows: int) -> Tensor:
         return self.hidden.new_empty(rows, self.weight.shape[0], dtype=self.dtype)
@@ -178,7 +189,9 @@ class Logits:
         if self.memory.shape[0] < h.shape[0]:
             self.memory = self._room(h.shape[0])
         z = self.memory[: h.shape[0]]
-        if self.cut.wide:
+        if self.made:
+            self.made = False
+        elif self.cut.wide:
             self._multiply_wide(h, z)
         elif self.bias is None:
             torch.mm(h, self.weight.t(), out=z)

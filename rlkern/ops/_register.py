@@ -19,9 +19,9 @@ try:
     _transforms_are_active = torch._C._are_functorch_transforms_active
     _is_batched = torch._C._functorch.is_legacy_batchedtensor
     _dispatch_modes = torch._C._len_torch_dispatch_stack
-except AttributeError:  # then nobody knows whether a gradient may be given away
+except AttributeError:  # then nobody knows whether a call is traced, or its graph kept
 
-    def _graph_is_kept() -> bool:
+    def _transforms_are_active() -> bool:
         return True
 
 
@@ -156,12 +156,15 @@ def may_give_away(grad_loss: Tensor) -> bool:
     A graph that is kept goes on holding it: what the caller then gets must be a tensor of its own,
     as it must where somebody traces or transforms the backward.
     """
+    return is_plain_eager(grad_loss) and not _graph_is_kept() and not _is_batched(grad_loss)
+
+
+def is_plain_eager(*tensors: Tensor) -> bool:
+    """Whether a call is of eager mode alone, where nobody traces or transforms it."""
     return (
-        type(grad_loss) is Tensor
-        and not _graph_is_kept()
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
         and not _transforms_are_active()
-        and not _is_batched(grad_loss)
         and _dispatch_modes() == 0
     )
 

@@ -1,8 +1,8 @@
 """linear_token_logprobs: log-probability and entropy of chosen tokens, from hidden states.
 
 A loop over chunks of tokens: logits by torch.mm, then the row pass of token_logprobs, so that only
-one chunk's logits are ever in memory. The backward makes them once more: four products in all, two
-where neither the weight nor the bias needs a gradient, and the logits'.
+one chunk's logits are ever in memory. Where that is all of them they wait for the backward: three
+products in all, two where only hidden needs a gradient. Of several chunks it makes them once more.
 """
 
 from __future__ import annotations
@@ -140,7 +140,8 @@ def linear_token_logprobs(
             has no such product, the time of a product in fp32. None: the dtype of hidden.
         memory_budget: bytes of logits in memory at a time (None: 64 MiB on a CPU, 1 GiB on a GPU),
             at least enough for 64 tokens. Fewer, larger chunks are faster: the weight's gradient is
-            read and written once a chunk.
+            read and written once a chunk. Logits that fit as a whole stay in memory until the
+            backward, in eager mode where one is to come, and save it a product.
         batch_invariant: every product has the same shape, whatever the number of tokens, by padding
             the last chunk with zeros; a token's results and the gradient of its hidden state then
             do not depend on the batch around it, on one machine with one number of threads.
@@ -211,13 +212,12 @@ def head_logprobs(
     """logprobs [...] and entropy, differentiable, and outputs [..., 3], from checked arguments."""
     backend = _backend.choose("token_logprobs", hidden.device.type, hidden.dtype)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    args = (*arguments.flat(), return_entropy, outputs, *cut, backend)
-    more = flat
-    if columns is None:
-        operator = torch.ops.rlkern.linear_token_logprobs
-        logprobs, entropy, _, more = operator(flat, weight, bias, *args)
+    args = (flat, weight, bias, *arguments.flat(), return_entropy, outputs, *cut, backend)
+    keeps = flat.shape[0] <= cut.rows and _register.is_plain_eager(flat, weight)
+    if columns is not None or (keeps and _wants_gradient(flat, weight, bias)):
+        logprobs, entropy, more = _InEagerMode.apply(columns, keeps, *args)
     else:
-        logprobs, entropy = _Parallel.apply(columns, flat, weight, bias, *args)
+        logprobs, entropy, _, more = torch.ops.rlkern.linear_token_logprobs(*args)
     shape = hidden.shape[:-1]
     return (
         logprobs.view(shape),
@@ -226,13 +226,23 @@ def head_logprobs(
     )
 
 
+def _wants_gradient(*factors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in factors)
+
+
 # ---- the operator ------------------------------------------------------------------------------
 
 
-def _forward(
-    hidden, weight, bias, token_ids, mask, token_temperature, temperature, softcap, return_entropy,
-    outputs, rows, invariant, wide, backend,
+def _forward(hidden, weight, bias, *args):
+    rows, invariant, wide, _ = args[-4:]
+    return _row_passes(Logits(hidden, weight, bias, Cut(rows, invariant, wide)), *args)
+
+
+def _row_passes(
+    logits, token_ids, mask, token_temperature, temperature, softcap, return_entropy, outputs, rows,
+    invariant, wide, backend,
 ):  # fmt: skip
+    hidden = logits.hidden
     dtype = wide_dtype(hidden)
     total = hidden.shape[0]
     # Masked tokens, which no chunk may hold, stay 0.
@@ -243,7 +253,6 @@ def _forward(
     row_pass = _register.overload(
         "token_logprobs_outputs" if outputs else "token_logprobs", backend
     )
-    logits = Logits(hidden, weight, bias, Cut(rows, invariant, wide))
     for chunk in chunks(hidden.shape[0], mask, rows):
         _, z = logits.of(chunk)
         logprobs[chunk.rows], found, state[chunk.rows], *also = row_pass(
@@ -259,12 +268,13 @@ def _forward(
 
 def _backward(
     grad_logprobs, grad_entropy, hidden, weight, bias, token_ids, mask, token_temperature,
-    temperature, softcap, logprobs, entropy, state, rows, invariant, wide, backend, needs,
+    temperature, softcap, logprobs, entropy, state, rows, invariant, wide, backend, needs, *,
+    kept=None,
 ):  # fmt: skip
     cut = Cut(rows, invariant, wide)
     gradients = HeadGradients(hidden, weight, bias, cut, backend, needs)
     row_pass = _register.overload("token_logprobs_bwd_", backend)
-    logits = Logits(hidden, weight, bias, cut)
+    logits = Logits(hidden, weight, bias, cut, kept)
     for chunk in chunks(hidden.shape[0], mask, rows):
         h, z = logits.of(chunk)
         grads = z[: chunk.count]
@@ -278,20 +288,29 @@ def _backward(
     return gradients.results()
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], kept: Tensor | None = None
+) -> None:
     hidden, weight, bias, ids, mask, per_token, *ctx.numbers = inputs
     logprobs, entropy, state, more = output
     ctx.mark_non_differentiable(state, more)
-    ctx.save_for_backward(hidden, weight, bias, ids, mask, per_token, logprobs, entropy, state)
+    ctx.save_for_backward(
+        kept, hidden, weight, bias, ids, mask, per_token, logprobs, entropy, state
+    )
 
 
 def _gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> Any:
     temperature, softcap, return_entropy, _, rows, invariant, wide, backend = ctx.numbers
-    *tensors, logprobs, entropy, state = ctx.saved_tensors
-    found = torch.ops.rlkern.linear_token_logprobs_bwd(
+    kept, *tensors, logprobs, entropy, state = ctx.saved_tensors
+    arguments = (
         grads[0], grads[1] if return_entropy else None, *tensors, temperature, softcap, logprobs,
         entropy, state, rows, invariant, wide, backend, list(needs),
     )  # fmt: skip
+    # The gradient takes the place of the logits, which a graph that is kept asks for again.
+    if kept is not None and all(_register.may_give_away(g) for g in grads if g is not None):
+        found = _backward(*arguments, kept=kept)
+    else:
+        found = torch.ops.rlkern.linear_token_logprobs_bwd(*arguments)
     return tuple(grad if needed else None for grad, needed in zip(found, needs, strict=True))
 
 
@@ -299,28 +318,37 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> Any:
     return *_gradients(ctx, grads, ctx.needs_input_grad[:3]), *[None] * 11
 
 
-class _Parallel(torch.autograd.Function):
-    """Of a lm_head that is spread over processes; of eager mode, for its collectives."""
+class _InEagerMode(torch.autograd.Function):
+    """What torch.compile could not trace: logits that wait for the backward, how many rows of them
+    follows from the mask; and the collectives of a lm_head that is spread over processes."""
 
     @staticmethod
-    def forward(ctx: Any, columns: Columns, *args: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, columns: Columns | None, keeps: bool, *args: Any) -> tuple[Tensor, ...]:
         hidden, weight, bias, ids, mask, per_token, temperature, *numbers = args
-        here = columns.own_ids(ids)
-        inputs = (hidden, weight, bias, here, mask, per_token, temperature, *numbers)
-        inverse = 1.0 / temperature if per_token is None else 1.0 / per_token.double()
-        logprobs, entropy, state, more = _forward(*inputs)
-        output = columns.merged(logprobs, entropy, state, here, mask, inverse)
+        here = ids if columns is None else columns.own_ids(ids)
+        rest = (here, mask, per_token, temperature, *numbers)
+        logits = Logits(hidden, weight, bias, Cut(*numbers[3:6]))
+        logprobs, entropy, state, more = _row_passes(logits, *rest)
+        if columns is not None:
+            inverse = 1.0 / temperature if per_token is None else 1.0 / per_token.double()
+            logprobs, entropy, state = columns.merged(logprobs, entropy, state, here, mask, inverse)
         ctx.columns = columns
-        _setup_context(ctx, inputs, (*output, more))
-        return output[0], output[1]
+        _setup_context(
+            ctx,
+            (hidden, weight, bias, *rest),
+            (logprobs, entropy, state, more),
+            logits.memory if keeps else None,
+        )
+        return logprobs, entropy, more
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        _register.refuse_create_graph("linear_token_logprobs")
-        of_hidden, *rest = _gradients(ctx, grads, ctx.needs_input_grad[1:4])
-        if of_hidden is not None:
+        if ctx.columns is not None:
+            _register.refuse_create_graph("linear_token_logprobs")
+        of_hidden, *rest = _gradients(ctx, grads, ctx.needs_input_grad[2:5])
+        if of_hidden is not None and ctx.columns is not None:
             of_hidden = ctx.columns.summed(of_hidden)
-        return None, of_hidden, *rest, *[None] * 11
+        return None, None, of_hidden, *rest, *[None] * 11
 
 
 def _fake(hidden, weight, bias, *rest):

@@ -186,9 +186,10 @@ def test_batch_invariant(backend, dtype):
 
 
 def test_only_the_products_that_are_needed(backend, monkeypatch):
-    """In products of N D V: one forward, three more backward, two with a frozen head."""
+    """In products of N D V: one forward, and one more for each gradient; of several chunks the
+    logits once more."""
     hidden, weight, ids, _ = inputs((64,), bias=False)
-    counted = []
+    counted: list[int] = []
     for name in ("mm", "addmm"):
         real = getattr(torch, name)
 
@@ -205,20 +206,78 @@ def test_only_the_products_that_are_needed(backend, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "addmm_", count_add)
 
-    def products(h, w):
+    def products(h, w, ids=ids, **options):
         counted.clear()
-        out = rlkern.linear_token_logprobs(h, w, ids)
+        out = rlkern.linear_token_logprobs(h, w, ids, **options)
         if out.requires_grad:
-            out.sum().backward()
+            out.sum().backward(**kept)
         return len(counted)
 
+    kept: dict[str, bool] = {}
     frozen = weight.detach()
-    assert products(hidden, weight) == 4
-    assert products(hidden, frozen) == 3
-    assert products(hidden.detach(), weight) == 3
+    assert products(hidden, weight) == 3
+    assert products(hidden, frozen) == 2
+    assert products(hidden.detach(), weight) == 2
     assert products(hidden.detach(), frozen) == 1
     with torch.no_grad():
         assert products(hidden, weight) == 1
+    twice = torch.cat([hidden, hidden])
+    assert products(twice, weight, torch.cat([ids, ids]), memory_budget=FEW) == 8
+    kept = {"retain_graph": True}
+    assert products(hidden, weight) == 4
+
+
+KEPT = [
+    {},
+    {"bias": None, "softcap": 3.0, "temperature": 0.7, "logit_scale": 1.5},
+    {"logits_dtype": torch.float32},
+    {"batch_invariant": True},
+    {"mask": torch.zeros(3, 70, dtype=torch.bool)},
+    {"mask": torch.zeros(3, 70, dtype=torch.bool).index_fill(1, torch.tensor([2, 9]), True)},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", KEPT, ids=str)
+def test_logits_that_are_kept_give_the_gradients_of_made_ones(backend, dtype, options):
+    """Bit for bit: whichever way the backward came by its logits, and as often as it runs."""
+    hidden, weight, ids, given = inputs(dtype=dtype)
+    given |= options
+    wanted = [hidden, weight] + ([] if given["bias"] is None else [given["bias"]])
+    logprobs, entropy = ours(hidden, weight, ids, **given)
+    upstream = torch.randn(2, *ids.shape)
+    loss = (torch.stack([logprobs, entropy]) * upstream).sum()
+    made = torch.autograd.grad(loss, wanted, retain_graph=True)
+    again = torch.autograd.grad(loss, wanted, retain_graph=True)
+    kept = torch.autograd.grad(loss, wanted)
+    for one, two, three in zip(made, again, kept, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_logits_are_kept_within_the_budget_only(backend):
+    """And not where no backward is to come."""
+    hidden, weight, ids, _ = inputs((65,), bias=False)
+
+    def saved(h, w, **options):
+        sizes: list[int] = []
+
+        def pack(x):
+            sizes.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            rlkern.linear_token_logprobs(h, w, ids[: h.shape[0]], **options)
+        return max(sizes, default=0)
+
+    assert saved(hidden, weight) == 65 * V
+    assert saved(hidden[:64], weight, memory_budget=FEW) == 64 * V
+    assert saved(hidden, weight, memory_budget=FEW) == weight.numel()
+    assert saved(hidden.detach(), weight.detach()) == 0
+    with torch.no_grad():
+        assert saved(hidden, weight) == 0
 
 
 def test_tied_embeddings(backend):
