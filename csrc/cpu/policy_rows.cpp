@@ -45,9 +45,11 @@ PolicySequence as_sequence(const TokenInputs& in, int64_t token, const float* lo
 // a cap or an entropy.
 class KeptRow {
  public:
-  KeptRow(int64_t vocab, bool in_gradient)
-      : own_(in_gradient ? 0 : vocab),
-        values_(new float[own_ + (vocab + kRowBlock - 1) / kRowBlock]) {}
+  KeptRow(int64_t vocab, bool in_gradient) {
+    const int64_t blocks = (vocab + kRowBlock - 1) / kRowBlock;
+    own_ = in_gradient ? 0 : blocks * kRowBlock;
+    values_.reset(new float[own_ + blocks]);
+  }
   RowKept view(void* gradient) const {
     float* exponentials = own_ > 0 ? values_.get() : static_cast<float*>(gradient);
     return {exponentials, values_.get() + own_};

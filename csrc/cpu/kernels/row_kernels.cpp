@@ -28,29 +28,35 @@ RLKERN_INLINE float value_at(const typename Type::Scalar* x, long long j, const 
   return v[0];
 }
 
-// Widens up to kBlock values into `values`, padded with -inf to a whole step; returns their
-// maximum, which ignores NaN (the sums see it).
+// Widens up to kBlock values into `values`, pair by pair (see slot), padded with -inf to a whole
+// step; returns their maximum, which ignores NaN (the sums see it).
 template <typename Type, bool kCapped>
 RLKERN_INLINE float load_block(const typename Type::Scalar* x, long long count, const Cap& cap,
                                float* values) {
   vfloat best[kSums];
   for (int s = 0; s < kSums; ++s) best[s] = broadcast(-kInf);
   long long j = 0;
+  const auto keep = [&](long long at, vfloat v, vfloat* most) __attribute__((always_inline)) {
+    if (kCapped) v = cap.value(v);
+    *most = max_drop_nan(*most, v);
+    FloatType::store(values + at, v);
+  };
   for (; j + kStep <= count; j += kStep) {
-    for (int s = 0; s < kSums; ++s) {
-      vfloat v = Type::load(x + j + s * kLanes);
-      if (kCapped) v = cap.value(v);
-      best[s] = max_drop_nan(best[s], v);
-      FloatType::store(values + j + s * kLanes, v);
+    for (int s = 0; s < kSums; s += 2) {
+      const VectorPair v = Type::load_pair(x + j + s * kLanes);
+      keep(j + s * kLanes, v.first, &best[s]);
+      keep(j + (s + 1) * kLanes, v.second, &best[s + 1]);
     }
   }
-  for (; j < count; j += kLanes) {
-    const long long rest = count - j < kLanes ? count - j : kLanes;
-    vfloat v = load_partial<Type>(x + j, rest);
-    if (kCapped) v = cap.value(v);
-    FloatType::store(values + j, v);
-    for (long long i = rest; i < kLanes; ++i) values[j + i] = -kInf;
+  for (; j < count; j += kPair) {
+    const long long rest = count - j < kPair ? count - j : kPair;
+    const VectorPair v = load_partial_pair<Type>(x + j, rest);
+    vfloat ignored = {};
+    keep(j, v.first, &ignored);
+    keep(j + kLanes, v.second, &ignored);
+    for (int i = static_cast<int>(rest); i < kPair; ++i) values[j + Type::lane(i)] = -kInf;
     best[0] = max_drop_nan(best[0], FloatType::load(values + j));
+    best[1] = max_drop_nan(best[1], FloatType::load(values + j + kLanes));
   }
   for (; j % kStep != 0; j += kLanes) FloatType::store(values + j, broadcast(-kInf));
   return reduce_max(max_drop_nan(max_drop_nan(best[0], best[1]), max_drop_nan(best[2], best[3])));
@@ -109,17 +115,22 @@ void forward_row(const LogitRow& row, const RowKept& kept, RowForward* out) {
       }
       max = block_max;
     }
-    if (row.target >= begin && row.target < begin + count) values[row.target - begin] = -kInf;
+    if (row.target >= begin && row.target < begin + count) {
+      values[slot<Type>(row.target - begin)] = -kInf;
+    }
     // A maximum of -inf has seen nothing but -inf, of which no difference may be taken, and NaN,
     // which must still reach the sum.
     const float base = max == -kInf ? 0.0f : max;
-    // Beyond the row's end may lie another one: its last block takes a detour.
-    alignas(64) float last[kKeep ? kBlock : 1];
+    // Beyond the end of an fp32 row may lie another one: its last block takes a detour.
+    constexpr bool kInPlace = kKeep && sizeof(typename Type::Scalar) == sizeof(float);
+    alignas(64) float last[kInPlace ? kBlock : 1];
     float* const place = kKeep ? kept.exponentials + begin : nullptr;
-    const bool whole = count == kBlock;
+    const bool whole = !kInPlace || count == kBlock;
     sum_block<kEntropy, kKeep>(values, (count + kStep - 1) / kStep * kStep, base, scale,
                                x + begin + kBlock, whole ? place : last, &state);
-    if (kKeep && !whole) __builtin_memcpy(place, last, count * sizeof(float));
+    if constexpr (kInPlace) {
+      if (!whole) __builtin_memcpy(place, last, count * sizeof(float));
+    }
     if (kKeep) kept.maxima[begin / kBlock] = max;
   }
   out->others = {max * inv_temperature, state.sum, state.weighted * inv_temperature};
@@ -150,13 +161,14 @@ void forward_keeping(const LogitRow& row, bool entropy, const RowKept& kept, Row
 }
 
 // Whether one of the first `count` values of a block is `wanted`.
+template <typename Type>
 RLKERN_INLINE bool holds(const float* values, long long count, float wanted) {
   vint found = {};
-  long long i = 0;
-  for (; i + kLanes <= count; i += kLanes) found |= FloatType::load(values + i) == wanted;
+  const long long pairs = count / kPair * kPair;
+  for (long long i = 0; i < pairs; i += kLanes) found |= FloatType::load(values + i) == wanted;
   bool any = false;
   for (int lane = 0; lane < kLanes; ++lane) any |= found[lane] != 0;
-  for (; i < count; ++i) any |= values[i] == wanted;
+  for (long long i = pairs; i < count; ++i) any |= values[slot<Type>(i)] == wanted;
   return any;
 }
 
@@ -183,14 +195,14 @@ void outputs_row(const LogitRow& row, float max, RowOutputs* out) {
     }
     out->sum += reduce_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
     // The block is padded with -inf, which has no square and would be the sum.
-    for (long long i = j; i < count; ++i) out->sum += values[i];
+    for (long long i = j; i < count; ++i) out->sum += values[slot<Type>(i)];
     for (; j < count; j += kLanes) {
       squares[0] += exp2_scaled(FloatType::load(values + j) - base, scale).value();
     }
     out->squares += reduce_sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
     // An equal one before the target leads instead of it.
     const long long before = row.target - begin < count ? row.target - begin : count;
-    if (out->leads && before > 0) out->leads = !holds(values, before, max);
+    if (out->leads && before > 0) out->leads = !holds<Type>(values, before, max);
   }
 }
 
@@ -233,14 +245,16 @@ void backward_row(const LogitRow& row, const RowBackward& grad, void* out) {
   long long j = 0;
   for (; j + kStep <= row.size; j += kStep) {
     prefetch_step(x + j + kAhead);
-    for (int s = 0; s < kSums; ++s) {
+    for (int s = 0; s < kSums; s += 2) {
       const long long i = j + s * kLanes;
-      Type::store(dx + i, gradient(Type::load(x + i)));
+      const VectorPair v = Type::load_pair(x + i);
+      Type::store_pair(dx + i, {gradient(v.first), gradient(v.second)});
     }
   }
-  for (; j < row.size; j += kLanes) {
-    const long long rest = row.size - j < kLanes ? row.size - j : kLanes;
-    store_partial<Type>(dx + j, gradient(load_partial<Type>(x + j, rest)), rest);
+  for (; j < row.size; j += kPair) {
+    const long long rest = row.size - j < kPair ? row.size - j : kPair;
+    const VectorPair v = load_partial_pair<Type>(x + j, rest);
+    store_partial_pair<Type>(dx + j, {gradient(v.first), gradient(v.second)}, rest);
   }
   if (row.target >= 0) store_partial<Type>(dx + row.target, broadcast(target_grad), 1);
 }
@@ -274,20 +288,28 @@ void backward_kept_row(const LogitRow& row, const RowBackward& grad, const RowKe
     const float shift =
         then == -kInf ? 0.0f
                       : (float)rl_exp(((double)then - (double)grad.max) * row.inv_temperature);
-    const auto gradient = [&](long long j, vfloat v) __attribute__((always_inline)) {
-      const vfloat e = FloatType::load(kept.exponentials + j) * shift;
+    const auto gradient = [&](vfloat e, vfloat v) __attribute__((always_inline)) {
+      e *= shift;
       if (!kSloped) return e * constant;
       // -inf has exponential 0, of which no slope may make NaN.
       const vfloat d = max_keep_nan(scale.low, v - grad.max);
       return e * (constant + slope * d);
     };
+    const auto both = [&](const VectorPair& e, const VectorPair& v) __attribute__((always_inline)) {
+      return VectorPair{gradient(e.first, v.first), gradient(e.second, v.second)};
+    };
+    const float* exponentials = kept.exponentials;
     long long j = begin;
-    for (; j + kLanes <= end; j += kLanes) {
-      Type::store(dx + j, gradient(j, kSloped ? Type::load(x + j) : vfloat{}));
+    for (; j + kPair <= end; j += kPair) {
+      const VectorPair v = kSloped ? Type::load_pair(x + j) : VectorPair{};
+      Type::store_pair(dx + j, both(FloatType::load_pair(exponentials + j), v));
     }
-    if (j < end) {
-      const vfloat v = kSloped ? load_partial<Type>(x + j, end - j) : vfloat{};
-      store_partial<Type>(dx + j, gradient(j, v), end - j);
+    for (; j < end; j += kPair) {
+      const VectorPair v = kSloped ? load_partial_pair<Type>(x + j, end - j) : VectorPair{};
+      // Of 16-bit rows whole pairs are there, in an order of their own.
+      const long long there = sizeof(typename Type::Scalar) == sizeof(float) ? end - j : kPair;
+      const VectorPair e = load_partial_pair<FloatType>(exponentials + j, there);
+      store_partial_pair<Type>(dx + j, both(e, v), end - j);
     }
   }
   store_partial<Type>(dx + row.target, broadcast(plain_nan(grad.target * row.inv_temperature)), 1);

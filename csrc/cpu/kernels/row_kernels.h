@@ -38,8 +38,10 @@ struct RowBackward {
 // kRowBlock.
 constexpr long long kRowBlock = 1024;
 struct RowKept {
-  float* exponentials;  // row.size; fp32 logits' own place, where nothing asks for them again
-  float* maxima;        // one a block; -inf where nothing but -inf has come
+  // In an order of the kernels' own. 16-bit rows: row.size, rounded up to whole blocks. fp32:
+  // row.size, in the logits' own place where nothing asks for them again.
+  float* exponentials;
+  float* maxima;  // one a block; -inf where nothing but -inf has come
 };
 
 // What may be asked of a row beside its log-probability, its maximum being known.

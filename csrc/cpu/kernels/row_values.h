@@ -44,6 +44,22 @@ RLKERN_INLINE void store_partial(typename Type::Scalar* x, vfloat v, long long c
   __builtin_memcpy(x, padded, count * sizeof(typename Type::Scalar));
 }
 
+// The same of pairs.
+template <typename Type>
+RLKERN_INLINE VectorPair load_partial_pair(const typename Type::Scalar* x, long long count) {
+  typename Type::Scalar padded[kPair] = {};
+  __builtin_memcpy(padded, x, count * sizeof(typename Type::Scalar));
+  return Type::load_pair(padded);
+}
+
+template <typename Type>
+RLKERN_INLINE void store_partial_pair(typename Type::Scalar* x, const VectorPair& v,
+                                      long long count) {
+  typename Type::Scalar padded[kPair];
+  Type::store_pair(padded, v);
+  __builtin_memcpy(x, padded, count * sizeof(typename Type::Scalar));
+}
+
 // A NaN without a payload, which survives the rounding to bfloat16 as NaN.
 RLKERN_INLINE float plain_nan(float x) { return x != x ? __builtin_nanf("") : x; }
 

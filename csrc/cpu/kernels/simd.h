@@ -184,7 +184,34 @@ RLKERN_INLINE Exp exp_parts(vfloat x) {
 
 // ---- loads and stores -----------------------------------------------------------------------
 
-struct FloatType {
+// Two vectors of consecutive values, for passes that do not ask which value stands in which lane.
+constexpr int kPair = 2 * kLanes;
+struct VectorPair {
+  vfloat first, second;
+};
+
+// Where value i of a row stands among values that were stored pair by pair.
+template <typename Type>
+RLKERN_INLINE long long slot(long long i) {
+  return i / kPair * kPair + Type::lane(static_cast<int>(i % kPair));
+}
+
+// A pair in the order of its values.
+template <typename Type>
+struct InOrder {
+  template <typename Scalar>
+  RLKERN_INLINE VectorPair load_pair(const Scalar* p) {
+    return {Type::load(p), Type::load(p + kLanes)};
+  }
+  template <typename Scalar>
+  RLKERN_INLINE void store_pair(Scalar* p, const VectorPair& v) {
+    Type::store(p, v.first);
+    Type::store(p + kLanes, v.second);
+  }
+  RLKERN_INLINE int lane(int i) { return i; }
+};
+
+struct FloatType : InOrder<FloatType> {
   typedef float Scalar;
   RLKERN_INLINE vfloat load(const Scalar* p) {
     vfloat v;
@@ -204,13 +231,30 @@ struct BFloat16Type {
   // To nearest, ties to even. A NaN must have its low 15 bits 0 (row_kernels.cpp sees to it), or
   // the rounding could carry it over to another number.
   RLKERN_INLINE void store(Scalar* p, vfloat v) {
-    const vuint bits = (vuint)v;
-    const vhalf h = narrow((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    const vhalf h = narrow(rounded(v) >> 16);
     __builtin_memcpy(p, &h, sizeof h);
   }
+  // In the upper half of each lane; what is below it is of no meaning.
+  RLKERN_INLINE vuint rounded(vfloat v) {
+    const vuint bits = (vuint)v;
+    return bits + 0x7fffu + ((bits >> 16) & 1u);
+  }
+
+  // Values of even places in the first vector, of odd ones in the second: a shift and a mask take
+  // the place of the shuffles that widen and narrow.
+  RLKERN_INLINE VectorPair load_pair(const Scalar* p) {
+    vuint both;
+    __builtin_memcpy(&both, p, sizeof both);
+    return {(vfloat)(both << 16), (vfloat)(both & 0xffff0000u)};
+  }
+  RLKERN_INLINE void store_pair(Scalar* p, const VectorPair& v) {
+    const vuint both = (rounded(v.first) >> 16) | (rounded(v.second) & 0xffff0000u);
+    __builtin_memcpy(p, &both, sizeof both);
+  }
+  RLKERN_INLINE int lane(int i) { return i / 2 + i % 2 * kLanes; }
 };
 
-struct HalfType {
+struct HalfType : InOrder<HalfType> {
   typedef unsigned short Scalar;
   RLKERN_INLINE vfloat load(const Scalar* p) {
     vhalf h;
