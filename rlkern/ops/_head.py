@@ -1,6 +1,6 @@
 """The lm_head in chunks of tokens: what the operators on hidden states share.
 
-Only one chunk's logits are ever in memory; how many tokens that is follows from a budget of bytes,
+A call has one chunk's logits in memory; how many tokens that is follows from a budget of bytes,
 the vocabulary and the dtype, not from how many tokens there are.
 """
 

@@ -151,7 +151,7 @@ def differentiable(
 
 
 def may_give_away(grad_loss: Tensor) -> bool:
-    """Whether a backward may hand out the gradient that the forward saved, scaled in place or not.
+    """Whether a backward may hand out, or write over, what the forward saved for it alone.
 
     A graph that is kept goes on holding it: what the caller then gets must be a tensor of its own,
     as it must where somebody traces or transforms the backward.

@@ -1,8 +1,8 @@
 """linear_token_logprobs: log-probability and entropy of chosen tokens, from hidden states.
 
-A loop over chunks of tokens: logits by torch.mm, then the row pass of token_logprobs, so that only
-one chunk's logits are ever in memory. Where that is all of them they wait for the backward: three
-products in all, two where only hidden needs a gradient. Of several chunks it makes them once more.
+A loop over chunks of tokens: logits by torch.mm, then the row pass of token_logprobs, so that a
+call has one chunk's logits in memory. The backward makes them once more: four products in all. On a
+CPU, where a chunk is small, logits that are no more than that wait for it instead: three products.
 """
 
 from __future__ import annotations
@@ -140,8 +140,9 @@ def linear_token_logprobs(
             has no such product, the time of a product in fp32. None: the dtype of hidden.
         memory_budget: bytes of logits in memory at a time (None: 64 MiB on a CPU, 1 GiB on a GPU),
             at least enough for 64 tokens. Fewer, larger chunks are faster: the weight's gradient is
-            read and written once a chunk. Logits that fit as a whole stay in memory until the
-            backward, in eager mode where one is to come, and save it a product.
+            read and written once a chunk. On a CPU the logits of a call whose tokens, masked ones
+            included, fit into it wait for the backward in memory (in eager mode, without
+            batch_invariant): each call whose backward is still to come holds its own.
         batch_invariant: every product has the same shape, whatever the number of tokens, by padding
             the last chunk with zeros; a token's results and the gradient of its hidden state then
             do not depend on the batch around it, on one machine with one number of threads.
@@ -213,9 +214,9 @@ def head_logprobs(
     backend = _backend.choose("token_logprobs", hidden.device.type, hidden.dtype)
     flat = hidden.reshape(-1, hidden.shape[-1])
     args = (flat, weight, bias, *arguments.flat(), return_entropy, outputs, *cut, backend)
-    keeps = flat.shape[0] <= cut.rows and _register.is_plain_eager(flat, weight)
-    if columns is not None or (keeps and _wants_gradient(flat, weight, bias)):
-        logprobs, entropy, more = _InEagerMode.apply(columns, keeps, *args)
+    keeps = _keeps_logits(flat, weight, bias, cut)
+    if keeps or columns is not None:
+        logprobs, entropy, more = _LinearTokenLogprobs.apply(columns, keeps, *args)
     else:
         logprobs, entropy, _, more = torch.ops.rlkern.linear_token_logprobs(*args)
     shape = hidden.shape[:-1]
@@ -226,21 +227,36 @@ def head_logprobs(
     )
 
 
-def _wants_gradient(*factors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in factors)
+def _keeps_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, cut: Cut) -> bool:
+    """Whether the logits wait for the backward. A padded chunk would be many times the logits."""
+    factors = (hidden, weight) if bias is None else (hidden, weight, bias)
+    return (
+        # First, since who traces must not be made to guard on the number of tokens.
+        _register.is_plain_eager(*factors)
+        and torch.is_grad_enabled()
+        and any(factor.requires_grad for factor in factors)
+        and hidden.device.type == "cpu"
+        and not cut.invariant
+        and hidden.shape[0] <= cut.rows
+    )
 
 
 # ---- the operator ------------------------------------------------------------------------------
 
 
-def _forward(hidden, weight, bias, *args):
-    rows, invariant, wide, _ = args[-4:]
-    return _row_passes(Logits(hidden, weight, bias, Cut(rows, invariant, wide)), *args)
+def _forward(
+    hidden, weight, bias, token_ids, mask, token_temperature, temperature, softcap, return_entropy,
+    outputs, rows, invariant, wide, backend,
+):  # fmt: skip
+    return _row_passes(
+        Logits(hidden, weight, bias, Cut(rows, invariant, wide)), token_ids, mask,
+        token_temperature, temperature, softcap, return_entropy, outputs, backend,
+    )  # fmt: skip
 
 
 def _row_passes(
-    logits, token_ids, mask, token_temperature, temperature, softcap, return_entropy, outputs, rows,
-    invariant, wide, backend,
+    logits, token_ids, mask, token_temperature, temperature, softcap, return_entropy, outputs,
+    backend,
 ):  # fmt: skip
     hidden = logits.hidden
     dtype = wide_dtype(hidden)
@@ -253,7 +269,7 @@ def _row_passes(
     row_pass = _register.overload(
         "token_logprobs_outputs" if outputs else "token_logprobs", backend
     )
-    for chunk in chunks(hidden.shape[0], mask, rows):
+    for chunk in chunks(total, mask, logits.cut.rows):
         _, z = logits.of(chunk)
         logprobs[chunk.rows], found, state[chunk.rows], *also = row_pass(
             z[: chunk.count], chunk.of(token_ids), chunk.of(mask), chunk.of(token_temperature),
@@ -294,6 +310,7 @@ def _setup_context(
     hidden, weight, bias, ids, mask, per_token, *ctx.numbers = inputs
     logprobs, entropy, state, more = output
     ctx.mark_non_differentiable(state, more)
+    ctx.taken = kept is None
     ctx.save_for_backward(
         kept, hidden, weight, bias, ids, mask, per_token, logprobs, entropy, state
     )
@@ -306,9 +323,18 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) 
         grads[0], grads[1] if return_entropy else None, *tensors, temperature, softcap, logprobs,
         entropy, state, rows, invariant, wide, backend, list(needs),
     )  # fmt: skip
-    # The gradient takes the place of the logits, which a graph that is kept asks for again.
-    if kept is not None and all(_register.may_give_away(g) for g in grads if g is not None):
-        found = _backward(*arguments, kept=kept)
+    # The gradient takes the place of the logits, which a graph that is kept asks for again; so does
+    # one whose backward failed, after they were written over. A recorded backward is the operator,
+    # which refuses to be differentiated.
+    overwrite = (
+        not ctx.taken
+        and not torch.is_grad_enabled()
+        and all(_register.may_give_away(g) for g in grads if g is not None)
+    )
+    if overwrite:
+        ctx.taken = True
+        # .data has a version of its own: to write over it is nobody's error.
+        found = _backward(*arguments, kept=kept.data)
     else:
         found = torch.ops.rlkern.linear_token_logprobs_bwd(*arguments)
     return tuple(grad if needed else None for grad, needed in zip(found, needs, strict=True))
@@ -318,24 +344,26 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> Any:
     return *_gradients(ctx, grads, ctx.needs_input_grad[:3]), *[None] * 11
 
 
-class _InEagerMode(torch.autograd.Function):
-    """What torch.compile could not trace: logits that wait for the backward, how many rows of them
-    follows from the mask; and the collectives of a lm_head that is spread over processes."""
+class _LinearTokenLogprobs(torch.autograd.Function):
+    """Of eager mode: torch.compile traces neither logits that wait for the backward, as many as the
+    mask has tokens, nor the collectives of a lm_head that is spread over processes."""
 
     @staticmethod
     def forward(ctx: Any, columns: Columns | None, keeps: bool, *args: Any) -> tuple[Tensor, ...]:
         hidden, weight, bias, ids, mask, per_token, temperature, *numbers = args
+        softcap, return_entropy, outputs, *cut, backend = numbers
         here = ids if columns is None else columns.own_ids(ids)
-        rest = (here, mask, per_token, temperature, *numbers)
-        logits = Logits(hidden, weight, bias, Cut(*numbers[3:6]))
-        logprobs, entropy, state, more = _row_passes(logits, *rest)
+        logits = Logits(hidden, weight, bias, Cut(*cut))
+        logprobs, entropy, state, more = _row_passes(
+            logits, here, mask, per_token, temperature, softcap, return_entropy, outputs, backend
+        )
         if columns is not None:
             inverse = 1.0 / temperature if per_token is None else 1.0 / per_token.double()
             logprobs, entropy, state = columns.merged(logprobs, entropy, state, here, mask, inverse)
         ctx.columns = columns
         _setup_context(
             ctx,
-            (hidden, weight, bias, *rest),
+            (hidden, weight, bias, here, mask, per_token, temperature, *numbers),
             (logprobs, entropy, state, more),
             logits.memory if keeps else None,
         )

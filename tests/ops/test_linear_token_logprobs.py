@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import rlkern
+from rlkern.ops import _head
 
 V, D = 211, 24
 FEW = 64 * V * 4  # a budget of 64 tokens in fp32: several chunks below
@@ -206,14 +207,13 @@ def test_only_the_products_that_are_needed(backend, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "addmm_", count_add)
 
-    def products(h, w, ids=ids, **options):
+    def products(h, w, ids=ids, retain_graph=False, **options):
         counted.clear()
         out = rlkern.linear_token_logprobs(h, w, ids, **options)
         if out.requires_grad:
-            out.sum().backward(**kept)
+            out.sum().backward(retain_graph=retain_graph)
         return len(counted)
 
-    kept: dict[str, bool] = {}
     frozen = weight.detach()
     assert products(hidden, weight) == 3
     assert products(hidden, frozen) == 2
@@ -223,15 +223,27 @@ def test_only_the_products_that_are_needed(backend, monkeypatch):
         assert products(hidden, weight) == 1
     twice = torch.cat([hidden, hidden])
     assert products(twice, weight, torch.cat([ids, ids]), memory_budget=FEW) == 8
-    kept = {"retain_graph": True}
-    assert products(hidden, weight) == 4
+    assert products(hidden, weight, retain_graph=True) == 4
+    assert products(hidden, weight, batch_invariant=True) == 4
+
+
+def saved_sizes(function):
+    """What a call saves for its backward, in numbers of values; and its result."""
+    sizes = []
+
+    def pack(x):
+        sizes.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        found = function()
+    return sizes, found
 
 
 KEPT = [
     {},
     {"bias": None, "softcap": 3.0, "temperature": 0.7, "logit_scale": 1.5},
     {"logits_dtype": torch.float32},
-    {"batch_invariant": True},
     {"mask": torch.zeros(3, 70, dtype=torch.bool)},
     {"mask": torch.zeros(3, 70, dtype=torch.bool).index_fill(1, torch.tensor([2, 9]), True)},
 ]
@@ -244,7 +256,8 @@ def test_logits_that_are_kept_give_the_gradients_of_made_ones(backend, dtype, op
     hidden, weight, ids, given = inputs(dtype=dtype)
     given |= options
     wanted = [hidden, weight] + ([] if given["bias"] is None else [given["bias"]])
-    logprobs, entropy = ours(hidden, weight, ids, **given)
+    sizes, (logprobs, entropy) = saved_sizes(lambda: ours(hidden, weight, ids, **given))
+    assert given["mask"].sum() * V in sizes
     upstream = torch.randn(2, *ids.shape)
     loss = (torch.stack([logprobs, entropy]) * upstream).sum()
     made = torch.autograd.grad(loss, wanted, retain_graph=True)
@@ -258,26 +271,60 @@ def test_logits_that_are_kept_give_the_gradients_of_made_ones(backend, dtype, op
 
 
 def test_logits_are_kept_within_the_budget_only(backend):
-    """And not where no backward is to come."""
+    """And not where no backward is to come, nor a whole chunk for fewer tokens."""
     hidden, weight, ids, _ = inputs((65,), bias=False)
 
     def saved(h, w, **options):
-        sizes: list[int] = []
-
-        def pack(x):
-            sizes.append(x.numel())
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            rlkern.linear_token_logprobs(h, w, ids[: h.shape[0]], **options)
+        ids_of = ids[: h.shape[0]]
+        sizes, _ = saved_sizes(lambda: rlkern.linear_token_logprobs(h, w, ids_of, **options))
         return max(sizes, default=0)
 
     assert saved(hidden, weight) == 65 * V
     assert saved(hidden[:64], weight, memory_budget=FEW) == 64 * V
     assert saved(hidden, weight, memory_budget=FEW) == weight.numel()
+    assert saved(hidden, weight, batch_invariant=True) == weight.numel()
     assert saved(hidden.detach(), weight.detach()) == 0
     with torch.no_grad():
         assert saved(hidden, weight) == 0
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["plain", "saved tensors' hooks"])
+def test_a_backward_that_failed_can_be_repeated(backend, monkeypatch, hooked):
+    """Though the gradient had taken the place of the logits before memory ran out."""
+    hidden, weight, ids, _ = inputs((40,), bias=False)
+
+    def loss():
+        return rlkern.linear_token_logprobs(hidden, weight, ids).sum()
+
+    expected = torch.autograd.grad(loss(), [hidden, weight])
+    sizes, found = saved_sizes(loss) if hooked else ([40 * V], loss())
+    assert 40 * V in sizes
+
+    def out_of_memory(*_):
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_head.GradientSum, "add_product", out_of_memory)
+        with pytest.raises(MemoryError, match="no room"):
+            torch.autograd.grad(found, [hidden, weight])
+    for again, exact in zip(torch.autograd.grad(found, [hidden, weight]), expected, strict=True):
+        assert torch.equal(again, exact)
+
+
+def test_who_exports_is_not_made_to_guard_on_the_number_of_tokens():
+    """A budget of 64 tokens stands in the graph as a number of rows, not as a bound on them."""
+    hidden, weight, ids, _ = inputs((50,), bias=False)
+
+    class Model(torch.nn.Module):
+        def forward(self, h, w, tokens):
+            return rlkern.linear_token_logprobs(h, w, tokens, memory_budget=FEW)
+
+    count = torch.export.Dim("tokens", min=2, max=4096)
+    exported = torch.export.export(
+        Model(), (hidden, weight, ids), dynamic_shapes=({0: count}, None, {0: count})
+    )
+    more = torch.cat([hidden, hidden]), weight, torch.cat([ids, ids])
+    torch.testing.assert_close(exported.module()(*more), Model()(*more))
 
 
 def test_tied_embeddings(backend):
@@ -371,6 +418,14 @@ def test_second_derivatives_are_refused():
     )
     with pytest.raises(RuntimeError, match="first derivatives only"):
         grad.sum().backward()
+
+
+def test_second_derivatives_are_refused_of_a_graph_that_is_not_kept():
+    hidden, weight, ids, _ = inputs((8,), bias=False)
+    loss = rlkern.linear_token_logprobs(hidden, weight, ids).sum()
+    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True, retain_graph=False)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(grad.pow(2).sum(), weight)
 
 
 X, W, IDS = torch.zeros(2, 3, D), torch.zeros(V, D), torch.zeros(2, 3, dtype=torch.long)
