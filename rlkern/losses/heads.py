@@ -15,9 +15,9 @@ from rlkern.losses.calls import LossOutput
 from rlkern.losses.readers import POLICY_METRICS
 from rlkern.metrics import Metrics
 from rlkern.ops import _checks
-from rlkern.ops._head import checked_cut, checked_products
+from rlkern.ops._head import Head, checked_cut, checked_products
 from rlkern.ops._layout import Layout
-from rlkern.ops.policy_hidden import Head, policy_loss_hidden
+from rlkern.ops.policy_hidden import policy_loss_hidden
 from rlkern.ops.policy_logits import policy_loss_logits
 from rlkern.ops.policy_loss import numbers
 from rlkern.ops.policy_rows import RowArguments

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlkern.ops import _register
-from rlkern.ops._head import Chunk, Cut, Logits
+from rlkern.ops._head import Chunk, Cut, Head, Logits
 from rlkern.ops.kl_divergence import DivergenceArguments
 from rlkern.ops.policy_rows import RowArguments
 from rlkern.reference.policy_loss import SUMS
@@ -62,7 +62,7 @@ class ChunkedKl:
         self.backend = backend
         self.scale = None if head.scale is None else head.scale.reshape(-1)
         self.arguments = divergence_arguments(rows)
-        self.logits = Logits(hidden, head.weight, head.bias, cut)
+        self.logits = Logits(Head(hidden, head.weight, head.bias, cut))
         self.value = hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
 
     def look(self, chunk: Chunk, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,15 @@ class Cut(NamedTuple):
     wide: bool  # in float32, though the factors are not
 
 
+class Head(NamedTuple):
+    """The lm_head's factors and how its products are cut."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    cut: Cut
+
+
 def default_budget(device: torch.device) -> int:
     return MEMORY_BUDGET.get(device.type, MEMORY_BUDGET["cuda"])
 
@@ -165,16 +174,9 @@ class Logits:
     `kept`: the memory of a loop of one chunk, which holds the logits that are asked for first.
     """
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        cut: Cut,
-        kept: Tensor | None = None,
-    ) -> None:
-        self.hidden, self.weight, self.bias, self.cut = hidden, weight, bias, cut
-        self.dtype = torch.float32 if cut.wide else hidden.dtype
+    def __init__(self, head: Head, kept: Tensor | None = None) -> None:
+        self.hidden, self.weight, self.bias, self.cut = head
+        self.dtype = torch.float32 if self.cut.wide else self.hidden.dtype
         self.made = kept is not None
         self.memory = self._room(0) if kept is None else kept
 
@@ -280,15 +282,8 @@ class GradientSum:
 class HeadGradients:
     """The gradients of hidden, weight and bias, those that are needed, chunk by chunk."""
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        cut: Cut,
-        backend: str,
-        needs: Sequence[bool],
-    ) -> None:
+    def __init__(self, head: Head, backend: str, needs: Sequence[bool]) -> None:
+        hidden, weight, bias, cut = head
         self.hidden, self.weight = hidden, weight
         several = hidden.shape[0] > cut.rows
         self.invariant = cut.invariant

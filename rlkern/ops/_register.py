@@ -154,9 +154,14 @@ def may_give_away(grad_loss: Tensor) -> bool:
     """Whether a backward may hand out, or write over, what the forward saved for it alone.
 
     A graph that is kept goes on holding it: what the caller then gets must be a tensor of its own,
-    as it must where somebody traces or transforms the backward.
+    as it must where somebody traces, transforms or records the backward (create_graph).
     """
-    return is_plain_eager(grad_loss) and not _graph_is_kept() and not _is_batched(grad_loss)
+    return (
+        is_plain_eager(grad_loss)
+        and not torch.is_grad_enabled()
+        and not _graph_is_kept()
+        and not _is_batched(grad_loss)
+    )
 
 
 def is_plain_eager(*tensors: Tensor) -> bool:

@@ -16,6 +16,7 @@ from rlkern import _backend
 from rlkern.ops import _checks, _register
 from rlkern.ops._head import (
     Cut,
+    Head,
     HeadGradients,
     Logits,
     checked_cut,
@@ -146,8 +147,8 @@ def _forward(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, *args):
     state.zero_()
     row_pass = _register.overload("vocab_divergence", backend)
     cut = Cut(rows, invariant, wide)
-    logits = Logits(hidden, weight, bias, cut)
-    ref_logits = Logits(ref_hidden, ref_weight, ref_bias, cut)
+    logits = Logits(Head(hidden, weight, bias, cut))
+    ref_logits = Logits(Head(ref_hidden, ref_weight, ref_bias, cut))
     for chunk in chunks(hidden.shape[0], given.mask, rows):
         z, r = (each.of(chunk)[1][: chunk.count] for each in (logits, ref_logits))
         value[chunk.rows], state[chunk.rows] = row_pass(z, r, *given.changed(chunk.of))
@@ -158,10 +159,11 @@ def _backward(grad_value, hidden, weight, bias, ref_hidden, ref_weight, ref_bias
     given = DivergenceArguments(*args[:6])
     state, rows, invariant, wide, backend, needs = args[6:]
     cut = Cut(rows, invariant, wide)
-    gradients = HeadGradients(hidden, weight, bias, cut, backend, needs)
+    head = Head(hidden, weight, bias, cut)
+    gradients = HeadGradients(head, backend, needs)
     row_pass = _register.overload("vocab_divergence_bwd_", backend)
-    logits = Logits(hidden, weight, bias, cut)
-    ref_logits = Logits(ref_hidden, ref_weight, ref_bias, cut)
+    logits = Logits(head)
+    ref_logits = Logits(Head(ref_hidden, ref_weight, ref_bias, cut))
     for chunk in chunks(hidden.shape[0], given.mask, rows):
         h, whole = logits.of(chunk)
         z, r = whole[: chunk.count], ref_logits.of(chunk)[1][: chunk.count]

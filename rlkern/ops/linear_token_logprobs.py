@@ -17,6 +17,7 @@ from rlkern import _backend
 from rlkern.ops import _checks, _register, _vocab_parallel
 from rlkern.ops._head import (
     Cut,
+    Head,
     HeadGradients,
     Logits,
     checked_cut,
@@ -178,9 +179,8 @@ def linear_token_logprobs(
     _checks.check_token_values(ids, mask, per_token, vocab)
     number, per_token, softcap = reference.without_scale(scale, number, per_token, softcap)
     arguments = RowArguments(ids, mask, per_token, number, softcap)
-    logprobs, entropy, more = head_logprobs(
-        hidden, weight, bias, cut, arguments, return_entropy, bool(names), columns
-    )
+    head = Head(hidden, weight, bias, cut)
+    logprobs, entropy, more = head_logprobs(head, arguments, return_entropy, bool(names), columns)
     if names:
         mean, squares, top = more.unbind(-1)
         found = {"mean_logits": mean, "is_top1": top != 0, "log_sum_sq_probs": squares}
@@ -201,20 +201,18 @@ def _checked_outputs(outputs: object, vocab_group: object) -> frozenset[str]:
 
 
 def head_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    cut: Cut,
+    head: Head,
     arguments: RowArguments,
     return_entropy: bool,
     outputs: bool = False,
     columns: Columns | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """logprobs [...] and entropy, differentiable, and outputs [..., 3], from checked arguments."""
+    hidden, cut = head.hidden, head.cut
     backend = _backend.choose("token_logprobs", hidden.device.type, hidden.dtype)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    args = (flat, weight, bias, *arguments.flat(), return_entropy, outputs, *cut, backend)
-    keeps = _keeps_logits(flat, weight, bias, cut)
+    flat = head._replace(hidden=hidden.reshape(-1, hidden.shape[-1]))
+    args = (*flat[:3], *arguments.flat(), return_entropy, outputs, *cut, backend)
+    keeps = _keeps_logits(flat)
     if keeps or columns is not None:
         logprobs, entropy, more = _LinearTokenLogprobs.apply(columns, keeps, *args)
     else:
@@ -227,17 +225,17 @@ def head_logprobs(
     )
 
 
-def _keeps_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, cut: Cut) -> bool:
+def _keeps_logits(head: Head) -> bool:
     """Whether the logits wait for the backward. A padded chunk would be many times the logits."""
-    factors = (hidden, weight) if bias is None else (hidden, weight, bias)
+    factors = [factor for factor in head[:3] if factor is not None]
     return (
         # First, since who traces must not be made to guard on the number of tokens.
         _register.is_plain_eager(*factors)
         and torch.is_grad_enabled()
         and any(factor.requires_grad for factor in factors)
-        and hidden.device.type == "cpu"
-        and not cut.invariant
-        and hidden.shape[0] <= cut.rows
+        and head.hidden.device.type == "cpu"
+        and not head.cut.invariant
+        and head.hidden.shape[0] <= head.cut.rows
     )
 
 
@@ -249,7 +247,7 @@ def _forward(
     outputs, rows, invariant, wide, backend,
 ):  # fmt: skip
     return _row_passes(
-        Logits(hidden, weight, bias, Cut(rows, invariant, wide)), token_ids, mask,
+        Logits(Head(hidden, weight, bias, Cut(rows, invariant, wide))), token_ids, mask,
         token_temperature, temperature, softcap, return_entropy, outputs, backend,
     )  # fmt: skip
 
@@ -287,10 +285,10 @@ def _backward(
     temperature, softcap, logprobs, entropy, state, rows, invariant, wide, backend, needs, *,
     kept=None,
 ):  # fmt: skip
-    cut = Cut(rows, invariant, wide)
-    gradients = HeadGradients(hidden, weight, bias, cut, backend, needs)
+    head = Head(hidden, weight, bias, Cut(rows, invariant, wide))
+    gradients = HeadGradients(head, backend, needs)
     row_pass = _register.overload("token_logprobs_bwd_", backend)
-    logits = Logits(hidden, weight, bias, cut, kept)
+    logits = Logits(head, kept)
     for chunk in chunks(hidden.shape[0], mask, rows):
         h, z = logits.of(chunk)
         grads = z[: chunk.count]
@@ -323,15 +321,9 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) 
         grads[0], grads[1] if return_entropy else None, *tensors, temperature, softcap, logprobs,
         entropy, state, rows, invariant, wide, backend, list(needs),
     )  # fmt: skip
-    # The gradient takes the place of the logits, which a graph that is kept asks for again; so does
-    # one whose backward failed, after they were written over. A recorded backward is the operator,
-    # which refuses to be differentiated.
-    overwrite = (
-        not ctx.taken
-        and not torch.is_grad_enabled()
-        and all(_register.may_give_away(g) for g in grads if g is not None)
-    )
-    if overwrite:
+    # The gradient takes the place of the logits. A graph whose backward failed after that may run
+    # again, and makes them anew.
+    if not ctx.taken and all(_register.may_give_away(g) for g in grads if g is not None):
         ctx.taken = True
         # .data has a version of its own: to write over it is nobody's error.
         found = _backward(*arguments, kept=kept.data)
@@ -353,7 +345,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         hidden, weight, bias, ids, mask, per_token, temperature, *numbers = args
         softcap, return_entropy, outputs, *cut, backend = numbers
         here = ids if columns is None else columns.own_ids(ids)
-        logits = Logits(hidden, weight, bias, Cut(*cut))
+        logits = Logits(Head(hidden, weight, bias, Cut(*cut)))
         logprobs, entropy, state, more = _row_passes(
             logits, here, mask, per_token, temperature, softcap, return_entropy, outputs, backend
         )

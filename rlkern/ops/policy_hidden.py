@@ -20,6 +20,7 @@ from rlkern.ops._exact_kl import ChunkedKl, ReferenceHead, divergence_arguments,
 from rlkern.ops._head import (
     Chunk,
     Cut,
+    Head,
     HeadGradients,
     Logits,
     chunks,
@@ -40,15 +41,6 @@ from rlkern.reference.aggregation import Denominators
 _FEW = 64
 # Rows that move at a time, so that what moves is small beside a chunk.
 _MOVED = 64
-
-
-class Head(NamedTuple):
-    """The lm_head's factors and how its products are cut."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    cut: Cut
 
 
 class SequenceArguments(NamedTuple):
@@ -79,7 +71,7 @@ def policy_loss_hidden(
     backend = _backend.choose("policy_loss", hidden.device.type, hidden.dtype)
     needs = [factor is not None and factor.requires_grad for factor in (hidden, weight, bias)]
     if backend == "eager" or not torch.is_grad_enabled() or not any(needs):
-        logprobs, entropy, _ = head_logprobs(*head, rows, return_entropy)
+        logprobs, entropy, _ = head_logprobs(head, rows, return_entropy)
         value, vector = policy_loss(loss, batch._replace(logprobs=logprobs, entropy=entropy), given)
         if reference is None:
             return value, vector
@@ -134,14 +126,14 @@ class _Pass:
     ) -> None:
         self.head, self.rows, self.backend = head, rows, backend
         self.return_entropy = return_entropy
-        self.logits = Logits(*head)
+        self.logits = Logits(head)
         self.kl = None
         if reference[0] is not None:
             self.kl = ChunkedKl(ReferenceHead(*reference), rows, head.cut, backend)
         hidden, total = head.hidden, head.hidden.shape[0]
         self.logprobs = hidden.new_zeros(total, dtype=torch.float32)
         self.entropy = hidden.new_zeros(total if return_entropy else 0, dtype=torch.float32)
-        self.grads = HeadGradients(*head, backend, needs)
+        self.grads = HeadGradients(head, backend, needs)
 
     def look(self, chunk: Chunk, z: Tensor) -> Tensor:
         """Log-probabilities and entropy; returns the row pass's state."""

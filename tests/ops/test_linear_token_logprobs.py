@@ -190,7 +190,7 @@ def test_only_the_products_that_are_needed(backend, monkeypatch):
     """In products of N D V: one forward, and one more for each gradient; of several chunks the
     logits once more."""
     hidden, weight, ids, _ = inputs((64,), bias=False)
-    counted: list[int] = []
+    counted = []
     for name in ("mm", "addmm"):
         real = getattr(torch, name)
 

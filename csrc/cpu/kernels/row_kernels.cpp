@@ -20,6 +20,9 @@ constexpr long long kStep = kSums * kLanes;
 // Elements between what the backward pass works on and what it asks memory for.
 constexpr long long kAhead = 1024;
 static_assert(kBlock % kStep == 0, "a block is a whole number of unrolled steps");
+// Whether exponentials may lie in the row itself, of which there is nothing behind its end.
+template <typename Type>
+constexpr bool kFitsInRow = sizeof(typename Type::Scalar) == sizeof(float);
 
 template <typename Type, bool kCapped>
 RLKERN_INLINE float value_at(const typename Type::Scalar* x, long long j, const Cap& cap) {
@@ -36,27 +39,25 @@ RLKERN_INLINE float load_block(const typename Type::Scalar* x, long long count, 
   vfloat best[kSums];
   for (int s = 0; s < kSums; ++s) best[s] = broadcast(-kInf);
   long long j = 0;
-  const auto keep = [&](long long at, vfloat v, vfloat* most) __attribute__((always_inline)) {
-    if (kCapped) v = cap.value(v);
-    *most = max_drop_nan(*most, v);
-    FloatType::store(values + at, v);
+  const auto capped = [&](VectorPair v) __attribute__((always_inline)) {
+    return kCapped ? VectorPair{cap.value(v.first), cap.value(v.second)} : v;
+  };
+  const auto raise = [&](int s, const VectorPair& v) __attribute__((always_inline)) {
+    best[s] = max_drop_nan(best[s], v.first);
+    best[s + 1] = max_drop_nan(best[s + 1], v.second);
   };
   for (; j + kStep <= count; j += kStep) {
     for (int s = 0; s < kSums; s += 2) {
-      const VectorPair v = Type::load_pair(x + j + s * kLanes);
-      keep(j + s * kLanes, v.first, &best[s]);
-      keep(j + (s + 1) * kLanes, v.second, &best[s + 1]);
+      const VectorPair v = capped(Type::load_pair(x + j + s * kLanes));
+      raise(s, v);
+      FloatType::store_pair(values + j + s * kLanes, v);
     }
   }
   for (; j < count; j += kPair) {
     const long long rest = count - j < kPair ? count - j : kPair;
-    const VectorPair v = load_partial_pair<Type>(x + j, rest);
-    vfloat ignored = {};
-    keep(j, v.first, &ignored);
-    keep(j + kLanes, v.second, &ignored);
-    for (int i = static_cast<int>(rest); i < kPair; ++i) values[j + Type::lane(i)] = -kInf;
-    best[0] = max_drop_nan(best[0], FloatType::load(values + j));
-    best[1] = max_drop_nan(best[1], FloatType::load(values + j + kLanes));
+    FloatType::store_pair(values + j, capped(load_partial_pair<Type>(x + j, rest)));
+    for (long long i = rest; i < kPair; ++i) values[slot<Type>(j + i)] = -kInf;
+    raise(0, FloatType::load_pair(values + j));
   }
   for (; j % kStep != 0; j += kLanes) FloatType::store(values + j, broadcast(-kInf));
   return reduce_max(max_drop_nan(max_drop_nan(best[0], best[1]), max_drop_nan(best[2], best[3])));
@@ -121,15 +122,15 @@ void forward_row(const LogitRow& row, const RowKept& kept, RowForward* out) {
     // A maximum of -inf has seen nothing but -inf, of which no difference may be taken, and NaN,
     // which must still reach the sum.
     const float base = max == -kInf ? 0.0f : max;
-    // Beyond the end of an fp32 row may lie another one: its last block takes a detour.
-    constexpr bool kInPlace = kKeep && sizeof(typename Type::Scalar) == sizeof(float);
-    alignas(64) float last[kInPlace ? kBlock : 1];
+    // A detour for the last block of a row that ends at its end.
+    constexpr bool kDetour = kKeep && kFitsInRow<Type>;
+    alignas(64) float last[kDetour ? kBlock : 1];
     float* const place = kKeep ? kept.exponentials + begin : nullptr;
-    const bool whole = !kInPlace || count == kBlock;
+    const bool direct = !kDetour || count == kBlock;
     sum_block<kEntropy, kKeep>(values, (count + kStep - 1) / kStep * kStep, base, scale,
-                               x + begin + kBlock, whole ? place : last, &state);
-    if constexpr (kInPlace) {
-      if (!whole) __builtin_memcpy(place, last, count * sizeof(float));
+                               x + begin + kBlock, direct ? place : last, &state);
+    if constexpr (kDetour) {
+      if (!direct) __builtin_memcpy(place, last, count * sizeof(float));
     }
     if (kKeep) kept.maxima[begin / kBlock] = max;
   }
@@ -306,8 +307,7 @@ void backward_kept_row(const LogitRow& row, const RowBackward& grad, const RowKe
     }
     for (; j < end; j += kPair) {
       const VectorPair v = kSloped ? load_partial_pair<Type>(x + j, end - j) : VectorPair{};
-      // Of 16-bit rows whole pairs are there, in an order of their own.
-      const long long there = sizeof(typename Type::Scalar) == sizeof(float) ? end - j : kPair;
+      const long long there = kFitsInRow<Type> ? end - j : kPair;
       const VectorPair e = load_partial_pair<FloatType>(exponentials + j, there);
       store_partial_pair<Type>(dx + j, both(e, v), end - j);
     }

@@ -30,34 +30,42 @@ struct Cap {
   }
 };
 
+// Values that do not fill what they are loaded into, with zeros behind them.
+template <typename Type, int kValues>
+struct Padded {
+  typename Type::Scalar values[kValues] = {};
+  __attribute__((always_inline)) Padded() {}
+  __attribute__((always_inline)) Padded(const typename Type::Scalar* x, long long count) {
+    __builtin_memcpy(values, x, count * sizeof(typename Type::Scalar));
+  }
+  __attribute__((always_inline)) void write(typename Type::Scalar* x, long long count) const {
+    __builtin_memcpy(x, values, count * sizeof(typename Type::Scalar));
+  }
+};
+
 template <typename Type>
 RLKERN_INLINE vfloat load_partial(const typename Type::Scalar* x, long long count) {
-  typename Type::Scalar padded[kLanes] = {};
-  __builtin_memcpy(padded, x, count * sizeof(typename Type::Scalar));
-  return Type::load(padded);
+  return Type::load(Padded<Type, kLanes>(x, count).values);
+}
+
+template <typename Type>
+RLKERN_INLINE VectorPair load_partial_pair(const typename Type::Scalar* x, long long count) {
+  return Type::load_pair(Padded<Type, kPair>(x, count).values);
 }
 
 template <typename Type>
 RLKERN_INLINE void store_partial(typename Type::Scalar* x, vfloat v, long long count) {
-  typename Type::Scalar padded[kLanes];
-  Type::store(padded, v);
-  __builtin_memcpy(x, padded, count * sizeof(typename Type::Scalar));
-}
-
-// The same of pairs.
-template <typename Type>
-RLKERN_INLINE VectorPair load_partial_pair(const typename Type::Scalar* x, long long count) {
-  typename Type::Scalar padded[kPair] = {};
-  __builtin_memcpy(padded, x, count * sizeof(typename Type::Scalar));
-  return Type::load_pair(padded);
+  Padded<Type, kLanes> padded;
+  Type::store(padded.values, v);
+  padded.write(x, count);
 }
 
 template <typename Type>
 RLKERN_INLINE void store_partial_pair(typename Type::Scalar* x, const VectorPair& v,
                                       long long count) {
-  typename Type::Scalar padded[kPair];
-  Type::store_pair(padded, v);
-  __builtin_memcpy(x, padded, count * sizeof(typename Type::Scalar));
+  Padded<Type, kPair> padded;
+  Type::store_pair(padded.values, v);
+  padded.write(x, count);
 }
 
 // A NaN without a payload, which survives the rounding to bfloat16 as NaN.
